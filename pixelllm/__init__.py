@@ -1,0 +1,9 @@
+"""PixelLLM in PyTorch: a vision-language model that points at every word it writes.
+
+Shape letters, used in comments and docstrings of the whole tree:
+    B images, K prompts per image, R rows (B * K), N visual tokens, T text tokens,
+    C encoder channels, D model width, V vocabulary, H x W pixels, h x w feature cells.
+
+Points are (x, y), boxes are xyxy, both in [0, 1] of the original image; sizes are (H, W).
+A name ending in `_px` departs from that. Masks named `padding` are True on padding.
+"""
