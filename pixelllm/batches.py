@@ -1,0 +1,183 @@
+"""How records become tensors: images to a padded frame, phrases to token ids with places.
+
+Images of a batch share K phrases; missing ones are padding rows. Captions begin with the
+trunk's begin token and end with its end token (reference, section 4.4: an overlong caption
+loses its end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pixelllm.alignment import token_boxes
+from pixelllm.images import open_image, to_frame
+from pixelllm.records import Box, Phrase, Record
+
+WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of R rows: the context each row is given and the words it should write.
+
+    Args:
+        context_ids: int64[R, C]; context_padding: bool[R, C].
+        token_ids: int64[R, T], from begin to end token; token_padding: bool[R, T].
+    """
+
+    context_ids: Tensor
+    context_padding: Tensor
+    token_ids: Tensor
+    token_padding: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything a training step or a teacher-forced evaluation needs.
+
+    Args:
+        images: uint8[B, 3, S, S], zero padded bottom and right; empty where all frozen
+            features come from a cache and nothing else reads the pixels.
+        sizes: int64[B, 2], (H, W) of the image inside the frame.
+        features: cached outputs of frozen encoders by encoder name, float16[B, C, h, w].
+        boxes: float32[B, K, 4], location prompts.
+        text: rows are B * K, prompts of an image adjacent.
+        row_padding: bool[R], True where an image has fewer than K phrases.
+        points: float32[R, T, 2, 2], top-left and bottom-right corner of each token's place.
+        with_points: bool[R, T], tokens that have a place.
+        text_weight, point_weight: of the source the batch comes from.
+        ids: phrase ids of the rows, "" on padding.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    features: dict[str, Tensor]
+    boxes: Tensor
+    text: Text
+    row_padding: Tensor
+    points: Tensor
+    with_points: Tensor
+    text_weight: float
+    point_weight: float
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            text=Text(*(getattr(self.text, f.name).to(device) for f in fields(Text))),
+            features={name: value.to(device) for name, value in self.features.items()},
+            **{
+                name: getattr(self, name).to(device)
+                for name in ("images", "sizes", "boxes", "row_padding", "points", "with_points")
+            },
+        )
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """How many tokens a row may have, and the begin token of the trunk."""
+
+    begin_id: int
+    max_tokens: int
+    max_context: int
+
+
+def frame_images(records: Sequence[Record], frame: int) -> tuple[Tensor, Tensor]:
+    """Decode and pad the images: uint8[B, 3, frame, frame] and their sizes int64[B, 2]."""
+    framed = [to_frame(open_record_image(record), frame) for record in records]
+    return torch.stack([image for image, _ in framed]), torch.tensor([size for _, size in framed])
+
+
+def open_record_image(record: Record):
+    """The record's image, RGB; ValueError or FileNotFoundError name the record."""
+    try:
+        return open_image(record.path if record.data is None else record.data)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"record {record.id}: {error}") from error
+
+
+def encode_context(
+    contexts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_context: int
+) -> tuple[Tensor, Tensor]:
+    """Context ids int64[R, C] ending with the end token, and their padding bool[R, C]."""
+    rows = [
+        [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id][:max_context]
+        if text
+        else []
+        for text in contexts
+    ]
+    return pad_rows(rows, tokenizer.pad_token_id)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stack rows of different lengths: ids int64[R, L] and padding bool[R, L]."""
+    length = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    padding = torch.ones((len(rows), length), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        padding[index, : len(row)] = False
+    return ids, padding
+
+
+def encode_caption(
+    phrase: Phrase, tokenizer: PreTrainedTokenizerFast, limits: TextLimits
+) -> tuple[list[int], np.ndarray]:
+    """Token ids from begin to end token and float32[T, 4] boxes, NaN where a token has none."""
+    encoded = tokenizer(phrase.caption, add_special_tokens=False, return_offsets_mapping=True)
+    ids = [limits.begin_id, *encoded.input_ids, tokenizer.eos_token_id][: limits.max_tokens]
+    offsets = [(-1, -1), *encoded.offset_mapping, (-1, -1)][: limits.max_tokens]
+    if phrase.pieces:
+        return ids, token_boxes(phrase.pieces, offsets)
+    boxes = np.full((len(ids), 4), np.nan, dtype=np.float32)
+    if phrase.target_box is not None:
+        boxes[[start >= 0 for start, _ in offsets]] = phrase.target_box
+    return ids, boxes
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """One image of a batch with the phrases and contexts chosen for it."""
+
+    record: Record
+    phrases: tuple[Phrase, ...]
+    contexts: tuple[str, ...]
+
+
+def collate_text(
+    chosen: Sequence[Prompted], tokenizer: PreTrainedTokenizerFast, limits: TextLimits
+) -> dict[str, object]:
+    """Everything of a `Batch` that comes from the phrases."""
+    num_prompts = max(len(item.phrases) for item in chosen)
+    contexts, tokens, places, boxes, ids = [], [], [], [], []
+    for item in chosen:
+        missing = num_prompts - len(item.phrases)
+        encoded = [encode_caption(phrase, tokenizer, limits) for phrase in item.phrases]
+        tokens += [row for row, _ in encoded] + [[]] * missing
+        places += [place for _, place in encoded] + [np.zeros((0, 4), np.float32)] * missing
+        contexts += [*item.contexts, *[""] * missing]
+        boxes += [phrase.prompt_box or WHOLE_IMAGE for phrase in item.phrases]
+        boxes += [WHOLE_IMAGE] * missing
+        ids += [*(phrase.id for phrase in item.phrases), *[""] * missing]
+    token_ids, token_padding = pad_rows(tokens, tokenizer.pad_token_id)
+    text = Text(
+        *encode_context(contexts, tokenizer, limits.max_context), token_ids, token_padding
+    )
+    points = np.full((*token_ids.shape, 4), np.nan, dtype=np.float32)
+    for row, place in enumerate(places):
+        points[row, : len(place)] = place
+    with_points = ~np.isnan(points).any(-1)
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).view(len(chosen), num_prompts, 4),
+        "text": text,
+        "row_padding": token_padding.all(1),
+        "points": torch.from_numpy(np.nan_to_num(points)).view(*token_ids.shape, 2, 2),
+        "with_points": torch.from_numpy(with_points),
+        "ids": tuple(ids),
+    }

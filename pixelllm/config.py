@@ -1,0 +1,189 @@
+"""Configuration: plain nested dataclasses; the defaults are the paper's full-size model.
+
+Sizes follow the reference of the official release (paper, section 4 and supplement). A recipe
+(`pixelllm.recipes`) is a function that changes a base; every field can be set from the command
+line by its dotted name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """SAM's image encoder; the defaults are ViT-H."""
+
+    table_size: int = 1024  # image side the position tables are stored for
+    patch_size: int = 16
+    width: int = 1280
+    depth: int = 32
+    num_heads: int = 16
+    out_channels: int = 256
+    window_size: int = 14
+    global_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    conv_stem: bool = False  # a small convolutional stem instead of the linear patch embedding
+    weights: str | None = None  # official sam_vit_*.pth, or a run of a `*-sam` recipe
+    half_features: bool = False  # round the frozen features to float16, the cache's precision
+
+
+@dataclass(frozen=True)
+class Eva02Config:
+    """EVA02 through timm; the defaults are EVA02-L/14."""
+
+    table_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    drop_path: float = 0.1
+    interpolate_rope: bool = False  # the official model counts patches, whatever the image size
+    conv_stem: bool = False
+    weights: str | None = None  # a timm name with published weights, or a run of `*-eva02`
+    half_features: bool = False
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The prompt feature extractor."""
+
+    width: int = 512
+    num_layers: int = 6
+    mlp_width: int = 2048
+    num_heads: int = 8
+    num_tokens: int = 32  # learned tokens per prompt
+    output_width: int = 1024
+    value_position: bool = False  # add a learned map of the positions to the image features
+    from_sam: bool = False  # start from the two-way transformer of SAM's mask decoder
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The language model: published weights by `trunk`, else a T5 of the given sizes."""
+
+    trunk: str | None = "google/flan-t5-xl"  # Hub id or local folder; None: random weights
+    lora_rank: int = 32  # 0 trains the whole trunk
+    lora_alpha: int = 64  # the update is scaled by alpha / rank
+    width: int = 2048
+    num_encoder_layers: int = 24
+    num_decoder_layers: int = 24
+    num_heads: int = 32
+    ff_width: int = 5120
+    dropout: float = 0.1
+    vocab_size: int = 32128  # upper bound where a tokenizer is trained
+
+
+@dataclass(frozen=True)
+class PointConfig:
+    """The MLP that regresses a pair of points for every token."""
+
+    hidden: int = 512
+    depth: int = 4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """PixelLLM."""
+
+    frame: int = 384  # images are resized to a longer side of `frame` and padded to a square
+    sam: SamConfig = field(default_factory=SamConfig)
+    eva02: Eva02Config = field(default_factory=Eva02Config)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    points: PointConfig = field(default_factory=PointConfig)
+
+    def __post_init__(self) -> None:
+        if self.frame % self.sam.patch_size:
+            raise ValueError(
+                f"frame {self.frame} is not a multiple of SAM's patch size {self.sam.patch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Phrases of one task in the training mixture, with the losses they take part in."""
+
+    task: str
+    weight: float = 1.0  # share of the batches, relative to the other sources
+    batch_size: int | None = None  # images; None is the recipe's
+    phrases_per_image: int = 1  # drawn at random in training
+    contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
+    text_weight: float = 1.0
+    point_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms. The official point weight is 0.1 on pixels of a 384 px frame."""
+
+    text: float = 1.0
+    point: float = 38.4  # on coordinates in units of the frame
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation; used by every stage."""
+
+    steps: int = 10_000
+    batch_size: int = 256  # images per step, over all accumulation steps
+    accumulate: int = 1
+    lr: float = 5e-5
+    warmup: int = 250
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 0.0  # largest gradient norm; 0 does not clip
+    bfloat16: bool = False
+    frozen: tuple[str, ...] = ("sam", "prompt_encoder")  # parameter name prefixes
+    lr_scales: dict[str, float] = field(default_factory=dict)  # by parameter name prefix
+    seed: int = 0
+    workers: int = 0
+    threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
+    log_every: int = 20
+    eval_every: int = 500
+    eval_batches: int = 8
+    save_every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run of PixelLLM."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sources: tuple[Source, ...] = ()
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    max_tokens: int = 128  # of the caption, begin and end included
+    max_context: int = 8
+    include_frozen: bool = False  # whether saved models carry their frozen pretrained parts
+
+
+@dataclass(frozen=True)
+class SamPretraining:
+    """One training run of a small SAM on promptable segmentation (SAM's own task)."""
+
+    name: str
+    frame: int
+    sam: SamConfig
+    prompts_per_image: int = 6
+    mask_in_channels: int = 16
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Eva02Pretraining:
+    """One training run of a small EVA02 that names the object under every patch."""
+
+    name: str
+    frame: int
+    eva02: Eva02Config
+    box_weight: float = 10.0
+    train: TrainConfig = field(default_factory=TrainConfig)
