@@ -8,7 +8,7 @@ loses its end).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,24 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pixelllm.alignment import token_boxes
 from pixelllm.images import open_image, to_frame
+from pixelllm.models.pixelllm import Text
 from pixelllm.records import Box, Phrase, Record
 
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids of R rows: the context each row is given and the words it should write.
-
-    Args:
-        context_ids: int64[R, C]; context_padding: bool[R, C].
-        token_ids: int64[R, T], from begin to end token; token_padding: bool[R, T].
-    """
-
-    context_ids: Tensor
-    context_padding: Tensor
-    token_ids: Tensor
-    token_padding: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,
-            text=Text(*(getattr(self.text, f.name).to(device) for f in fields(Text))),
+            text=Text(*(tensor.to(device) for tensor in self.text)),
             features={name: value.to(device) for name, value in self.features.items()},
             **{
                 name: getattr(self, name).to(device)
@@ -159,7 +145,8 @@ def collate_text(
     for item in chosen:
         missing = num_prompts - len(item.phrases)
         encoded = [encode_caption(phrase, tokenizer, limits) for phrase in item.phrases]
-        tokens += [row for row, _ in encoded] + [[]] * missing
+        # A padding row keeps its begin token: a row without any valid token has no softmax.
+        tokens += [row for row, _ in encoded] + [[limits.begin_id]] * missing
         places += [place for _, place in encoded] + [np.zeros((0, 4), np.float32)] * missing
         contexts += [*item.contexts, *[""] * missing]
         boxes += [phrase.prompt_box or WHOLE_IMAGE for phrase in item.phrases]
@@ -176,7 +163,7 @@ def collate_text(
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).view(len(chosen), num_prompts, 4),
         "text": text,
-        "row_padding": token_padding.all(1),
+        "row_padding": torch.tensor([not name for name in ids]),
         "points": torch.from_numpy(np.nan_to_num(points)).view(*token_ids.shape, 2, 2),
         "with_points": torch.from_numpy(with_points),
         "ids": tuple(ids),

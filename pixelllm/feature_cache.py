@@ -1,0 +1,133 @@
+"""Features of frozen encoders on disk, so that they are computed once.
+
+A cache folder belongs to one set of encoders: its name is the digest of their weights and of
+the preprocessing. Inside, shards of 512 images are float16 arrays beside a list of content
+digests; a shard appears when it is complete, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pixelllm.batches import frame_images
+from pixelllm.images import resize_size
+from pixelllm.records import Record
+from pixelllm.tables import Table
+
+SHARD = 512
+BATCH = 64
+
+
+def weights_digest(modules: dict[str, nn.Module], *facts: object) -> str:
+    """Digest of the modules' weights and of whatever else decides their output."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=10)
+    for name, module in sorted(modules.items()):
+        for key, value in sorted(module.state_dict().items()):
+            digest.update(f"{name}.{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content_digest(record: Record) -> str:
+    """Digest of the encoded image file."""
+    data = Path(record.path).read_bytes() if record.data is None else record.data
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _key(record: Record) -> str:
+    return record.id if record.path is None else record.path
+
+
+class FeatureCache:
+    """Encoder outputs by image content.
+
+    Args:
+        folder: of all caches; this one is a subfolder.
+        encoders: name to frozen module, images float[B, 3, S, S] and sizes -> float[B, C, h, w].
+        frame: the side images are padded to.
+    """
+
+    def __init__(self, folder: Path | str, encoders: dict[str, nn.Module], frame: int) -> None:
+        self.encoders = encoders
+        self.frame = frame
+        self.folder = Path(folder) / weights_digest(encoders, frame)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._by_record: dict[str, str] = {}
+        self._shards: dict[tuple[str, int], np.ndarray] = {}
+        for index in sorted(self.folder.glob("*.json")):
+            for row, digest in enumerate(json.loads(index.read_text())):
+                self._places[digest] = (int(index.stem), row)
+
+    def fill(self, table: Table, device: torch.device) -> None:
+        """Compute what is missing for the images of `table`, with a progress bar."""
+        missing: dict[str, int] = {}
+        for index in range(len(table)):
+            record = table[index]
+            digest = self._by_record[_key(record)] = content_digest(record)
+            if digest not in self._places:
+                missing.setdefault(digest, index)
+        if not missing:
+            return
+        digests = list(missing)
+        with tqdm(total=len(digests), desc=f"features of {table.path.name}", unit="img") as bar:
+            for start in range(0, len(digests), SHARD):
+                part = digests[start : start + SHARD]
+                self._write_shard(part, self._encode(table, [missing[d] for d in part], device))
+                bar.update(len(part))
+
+    def _encode(
+        self, table: Table, indices: Sequence[int], device: torch.device
+    ) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(indices), BATCH):
+            records = [table[index] for index in indices[start : start + BATCH]]
+            images, sizes = (tensor.to(device) for tensor in frame_images(records, self.frame))
+            with torch.inference_mode():
+                yield {
+                    name: encoder(images, sizes).to(torch.float16).cpu()
+                    for name, encoder in self.encoders.items()
+                }
+
+    def _write_shard(self, digests: list[str], batches: Iterator[dict[str, Tensor]]) -> None:
+        parts = list(batches)
+        number = 1 + max((shard for shard, _ in self._places.values()), default=-1)
+        for name in self.encoders:
+            array = torch.cat([part[name] for part in parts]).numpy()
+            beside = self.folder / f"{number:06d}-{name}.partial.npy"
+            np.save(beside, array)
+            os.replace(beside, self.folder / f"{number:06d}-{name}.npy")
+        beside = self.folder / f"{number:06d}.partial"
+        beside.write_text(json.dumps(digests))
+        os.replace(beside, self.folder / f"{number:06d}.json")
+        self._places.update((digest, (number, row)) for row, digest in enumerate(digests))
+
+    def lookup(self, records: Sequence[Record]) -> dict[str, Tensor]:
+        """Features of the records by encoder, float16[B, C, h, w].
+
+        Raises KeyError for a record whose table was not given to `fill`.
+        """
+        places = [self._places[self._by_record[_key(record)]] for record in records]
+        return {
+            name: torch.from_numpy(np.stack([self._shard(name, s)[row] for s, row in places]))
+            for name in self.encoders
+        }
+
+    def sizes(self, records: Sequence[Record]) -> Tensor:
+        """Sizes of the images inside the frame, int64[B, 2], without opening them."""
+        return torch.tensor([resize_size(r.size, self.frame, self.frame) for r in records])
+
+    def _shard(self, name: str, number: int) -> np.ndarray:
+        key = (name, number)
+        if key not in self._shards:
+            file = self.folder / f"{number:06d}-{name}.npy"
+            self._shards[key] = np.load(file, mmap_mode="r")
+        return self._shards[key]

@@ -1,0 +1,167 @@
+"""The training stream: batch `step` of a mixture of sources, as a function of seed and step.
+
+Whole batches come from one source (reference, section 7.4). Every source is a random walk
+through its records, each once per epoch. Because batch `step` depends on nothing but the seed
+and the step, the loader's state in a checkpoint is one number, and workers need no protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+from pixelllm.batches import Batch, Prompted, TextLimits, collate_text, frame_images
+from pixelllm.config import Source
+from pixelllm.feature_cache import FeatureCache
+from pixelllm.records import Phrase, Record
+from pixelllm.tables import Table
+
+
+def records_with_task(table: Table, task: str) -> np.ndarray:
+    """Positions of the records that have a phrase of `task`, int64[n] ascending."""
+    phrases = table.rows.data.column("phrases")
+    found, offset = [], 0
+    for chunk in phrases.chunks:
+        tasks = pc.struct_field(pc.list_flatten(chunk), "task")
+        parents = pc.list_parent_indices(chunk).filter(pc.equal(tasks, task))
+        found.append(np.unique(parents.to_numpy(zero_copy_only=False)) + offset)
+        offset += len(chunk)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+class SourceRecords:
+    """The records of one source over all tables, in a new random order every epoch."""
+
+    def __init__(self, tables: Sequence[Table], source: Source, seed: int) -> None:
+        self.tables = tables
+        self.source = source
+        self.seed = seed
+        rows = [
+            np.stack([np.full(len(found), number), found], axis=1)
+            for number, found in enumerate(records_with_task(t, source.task) for t in tables)
+        ]
+        self.rows = np.concatenate(rows)  # (n, 2): table, record
+        if not len(self.rows):
+            names = ", ".join(str(table.path) for table in tables)
+            raise ValueError(f"the recipe needs {source.task!r} phrases; none in {names}")
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, position: int) -> Record:
+        """The record at `position` of the endless walk."""
+        epoch, index = divmod(position, len(self.rows))
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            self._order = (epoch, order)
+        table, record = self.rows[self._order[1][index]]
+        return self.tables[table][int(record)]
+
+    def choose(self, record: Record, rng: np.random.Generator) -> Prompted:
+        """Draw the phrases of this source and a context for each."""
+        mine = [phrase for phrase in record.phrases if phrase.task == self.source.task]
+        count = min(len(mine), self.source.phrases_per_image)
+        phrases = tuple(mine[i] for i in rng.permutation(len(mine))[:count])
+        contexts = self.source.contexts
+        drawn = rng.integers(len(contexts), size=count)
+        return Prompted(
+            record, phrases, tuple(fill(contexts[i], p) for i, p in zip(drawn, phrases, strict=True))
+        )
+
+
+def fill(template: str, phrase: Phrase) -> str:
+    """The context text of a phrase: "{}" in the template is the phrase's own context."""
+    return template.replace("{}", phrase.context)
+
+
+class Mixture(Dataset):
+    """Batches by step number.
+
+    Args:
+        tables: where the records are; every source must occur in one of them.
+        sources: with their weights.
+        num_steps: length of the stream.
+        cache: features of frozen encoders; pixels are decoded only where it is None or the
+            model still needs them (`with_images`).
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        sources: Sequence[Source],
+        tokenizer,
+        limits: TextLimits,
+        *,
+        frame: int,
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        cache: FeatureCache | None = None,
+        with_images: bool = True,
+    ) -> None:
+        self.sources = [
+            SourceRecords(tables, source, seed + number) for number, source in enumerate(sources)
+        ]
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.frame = frame
+        self.batch_size = batch_size
+        self.seed = seed
+        self.cache = cache
+        self.with_images = with_images
+        weights = np.array([source.weight for source in sources], dtype=np.float64)
+        rng = np.random.default_rng([seed, len(sources)])
+        self.picks = rng.choice(len(sources), size=num_steps, p=weights / weights.sum())
+        # How often a step's source was picked before: its place in that source's walk.
+        self.turns = np.zeros(num_steps, dtype=np.int64)
+        for number in range(len(sources)):
+            mine = self.picks == number
+            self.turns[mine] = np.arange(mine.sum())
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __getitem__(self, step: int) -> Batch:
+        records = self.sources[self.picks[step]]
+        rng = np.random.default_rng([self.seed, 1, step])
+        size = records.source.batch_size or self.batch_size
+        first = int(self.turns[step]) * size
+        chosen = [records.choose(records[first + i], rng) for i in range(size)]
+        return assemble(
+            chosen,
+            self.tokenizer,
+            self.limits,
+            frame=self.frame,
+            source=records.source,
+            cache=self.cache,
+            with_images=self.with_images,
+        )
+
+
+def assemble(
+    chosen: Sequence[Prompted],
+    tokenizer,
+    limits: TextLimits,
+    *,
+    frame: int,
+    source: Source,
+    cache: FeatureCache | None,
+    with_images: bool = True,
+) -> Batch:
+    """The batch of the chosen phrases; images are decoded or their features looked up."""
+    records = [item.record for item in chosen]
+    features = cache.lookup(records) if cache else {}
+    if cache and not with_images:
+        images, sizes = torch.empty(0, dtype=torch.uint8), cache.sizes(records)
+    else:
+        images, sizes = frame_images(records, frame)
+    return Batch(
+        images=images,
+        sizes=sizes,
+        features=features,
+        text_weight=source.text_weight,
+        point_weight=source.point_weight,
+        **collate_text(chosen, tokenizer, limits),
+    )

@@ -1,0 +1,157 @@
+"""PixelLLM: image and location prompt in, words and a point per word out (paper, figure 2).
+
+The frozen SAM features say where things are, the trainable EVA02 features what they are; the
+prompt feature extractor reads both at a location and hands 32 tokens to the language model,
+whose last hidden states drive a vocabulary head and a point head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pixelllm.images import normalise
+from pixelllm.models.prompt import PromptFeatureExtractor, fuse_features
+from pixelllm.models.sam import PromptEncoder
+
+
+class Text(NamedTuple):
+    """Token ids of R rows: the context each row is given and the words it should write.
+
+    `context_ids` int64[R, C] and `context_padding` bool[R, C]; `token_ids` int64[R, T] from the
+    begin to the end token and `token_padding` bool[R, T].
+    """
+
+    context_ids: Tensor
+    context_padding: Tensor
+    token_ids: Tensor
+    token_padding: Tensor
+
+
+class Prediction(NamedTuple):
+    """`logits` float32[R, T, V] of the next token; `points` float32[R, T, 2, 2], the top-left and
+    bottom-right corner of what each *input* token is about, in [0, 1] of the image."""
+
+    logits: Tensor
+    points: Tensor
+
+
+class ImageBranch(nn.Module):
+    """An image encoder with its preprocessing; frozen means no graph and no dropout.
+
+    Args:
+        encoder: normalised float[B, 3, S, S] -> float[B, C, h, w].
+        mean, std: RGB in 0..255 units.
+        input_size: side S the padded images are resized to.
+        half_features: round the output to float16, so that cached features are the same.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        input_size: int,
+        half_features: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mean, self.std = mean, std
+        self.input_size = input_size
+        self.half_features = half_features
+
+    @property
+    def is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> ImageBranch:
+        # The official SAM drops paths while it is frozen; features then differ at each visit.
+        return super().train(mode and not self.is_frozen)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """uint8 or float[B, 3, S', S'] in 0..255 and int64[B, 2] -> float32[B, C, h, w]."""
+        size = (self.input_size, self.input_size)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            features = self.encoder(normalise(images, sizes, self.mean, self.std, size))
+        return features.half().float() if self.half_features else features.float()
+
+
+class PixelLLMNetwork(nn.Module):
+    """The network of the paper's figure; every part is given.
+
+    Args:
+        eva02, sam: image branches; their features are concatenated in this order.
+        prompt_encoder: SAM's.
+        extractor: the prompt feature extractor.
+        projection: from the extractor's output width to the trunk's.
+        language: a trunk of `pixelllm.models.language`.
+        point_head: hidden states -> points.
+        prompt_frame: side in pixels that prompt boxes are encoded relative to.
+    """
+
+    def __init__(
+        self,
+        eva02: ImageBranch,
+        sam: ImageBranch,
+        prompt_encoder: PromptEncoder,
+        extractor: PromptFeatureExtractor,
+        projection: nn.Module,
+        language: nn.Module,
+        point_head: nn.Module,
+        prompt_frame: int,
+    ) -> None:
+        super().__init__()
+        self.eva02 = eva02
+        self.sam = sam
+        self.prompt_encoder = prompt_encoder
+        self.extractor = extractor
+        self.projection = projection
+        self.language = language
+        self.point_head = point_head
+        self.prompt_frame = prompt_frame
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        boxes: Tensor,
+        text: Text,
+        features: dict[str, Tensor] | None = None,
+    ) -> Prediction:
+        """Teacher-forced prediction for B images with K prompts each, R = B * K rows.
+
+        Args:
+            images: uint8 or float[B, 3, S, S] in 0..255, zero padded bottom and right.
+            sizes: int64[B, 2], (H, W) of the image inside the frame, in pixels.
+            boxes: float32[B, K, 4], prompts, xyxy in [0, 1] of the image.
+            text: of the R rows.
+            features: outputs of frozen branches by name ("sam", "eva02"), instead of running them.
+        """
+        prefix = self.prefix(self.encode(images, sizes, features or {}), sizes, boxes)
+        hidden = self.language(prefix.flatten(0, 1), *text)  # (R, T, D)
+        return Prediction(self.language.logits(hidden), self.point_head(hidden))
+
+    def encode(self, images: Tensor, sizes: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """Fused image features, float32[B, C, h, w]."""
+        maps = [
+            features[name].float() if name in features else branch(images, sizes)
+            for name, branch in (("eva02", self.eva02), ("sam", self.sam))
+        ]
+        return fuse_features(maps)
+
+    def prefix(self, features: Tensor, sizes: Tensor, boxes: Tensor) -> Tensor:
+        """Visual tokens of every prompt, float[B, K, N, D]."""
+        height, width = sizes.float().unbind(-1)
+        scale = torch.stack([width, height, width, height], dim=-1)  # (B, 4)
+        boxes_px = (boxes.float() * scale[:, None]).flatten(0, 1)  # (R, 4)
+        frame = (self.prompt_frame, self.prompt_frame)
+        prompts = self.prompt_encoder.encode_boxes(boxes_px, frame)  # (R, 5, P)
+        tokens = self.extractor(
+            features,
+            prompts.unflatten(0, boxes.shape[:2]),
+            self.prompt_encoder.no_mask,
+            self.prompt_encoder.dense_pe(*features.shape[-2:]),
+        )
+        return self.projection(tokens)

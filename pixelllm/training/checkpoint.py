@@ -1,0 +1,135 @@
+"""Training checkpoints: everything a run needs to go on, in safetensors and JSON.
+
+A checkpoint is a folder `step-00000500` with the trainable weights, the optimizer's moments and
+the random state. It is written beside and renamed, so a folder of that name is complete. The
+last few are kept, and the one with the best validation score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class TrainingState:
+    """What changes while training. `scores` are the last validation's."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, moments and random state under flat names."""
+        tensors = {"random.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        for name, parameter in self.trainable().items():
+            tensors[f"weight.{name}"] = parameter.detach().contiguous()
+            for moment in MOMENTS if self.optimizer.state[parameter] else ():
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`. Raises ValueError naming the keys that do not fit."""
+        parameters = self.trainable()
+        _check_weights(parameters, tensors)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        for name, parameter in parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"weight.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    moment: tensors[f"{moment}.{name}"].to(
+                        parameter.device if moment != "step" else "cpu"
+                    )
+                    for moment in MOMENTS
+                }
+
+
+def _check_weights(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    stored = {key.removeprefix("weight."): t for key, t in tensors.items() if key[:7] == "weight."}
+    problems = [f"missing {name}" for name in parameters.keys() - stored.keys()]
+    problems += [f"unexpected {name}" for name in stored.keys() - parameters.keys()]
+    problems += [
+        f"{name} has shape {tuple(stored[name].shape)}, the model {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in stored and stored[name].shape != parameter.shape
+    ]
+    if problems:
+        raise ValueError("the checkpoint does not fit the recipe: " + "; ".join(sorted(problems)))
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: holds `step-*` folders.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step-????????"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: TrainingState) -> None:
+        """Write the checkpoint, then remove what need not be kept."""
+        beside = self.folder / f"partial-{step:08d}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            save_file(state.tensors(), beside / "state.safetensors")
+            (beside / "state.json").write_text(json.dumps({"step": step, "scores": state.scores}))
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            os.replace(beside, self.path(step))
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        self._remove_old()
+
+    def load_newest(self, state: TrainingState) -> int:
+        """Load the newest checkpoint into `state`; returns its step, 0 where there is none."""
+        steps = self.steps()
+        if not steps:
+            return 0
+        folder = self.path(steps[-1])
+        state.load(load_file(folder / "state.safetensors"))
+        facts = json.loads((folder / "state.json").read_text())
+        state.scores = facts["scores"]
+        return facts["step"]
+
+    def best(self) -> int | None:
+        """The step with the lowest first validation score."""
+        scored = []
+        for step in self.steps():
+            scores = json.loads((self.path(step) / "state.json").read_text())["scores"]
+            if scores:
+                scored.append((next(iter(scores.values())), step))
+        return min(scored)[1] if scored else None
+
+    def _remove_old(self) -> None:
+        kept = {*self.steps()[-self.keep :], self.best()}
+        for step in self.steps():
+            if step not in kept:
+                shutil.rmtree(self.path(step))

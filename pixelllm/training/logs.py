@@ -1,0 +1,64 @@
+"""What a run reports: a progress line, `log.jsonl` and tensorboard, all from the same numbers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Use as a context manager around the loop.
+
+    Args:
+        out: the run's folder; `log.jsonl` lies there.
+        first_step: lines after it, from an earlier attempt, are dropped.
+        num_steps: of the whole run.
+    """
+
+    def __init__(self, out: Path, first_step: int, num_steps: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
+        self.bar = tqdm(total=num_steps, initial=first_step, desc=out.name, unit="step")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = self._images = 0
+        self._since = time.monotonic()
+
+    def step(self, step: int, terms: dict[str, float], num_images: int) -> None:
+        """Take the loss terms of a finished step."""
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + term
+        self._count += 1
+        self._images += num_images
+        self.bar.update(1)
+
+    def write(self, step: int, **numbers: float) -> None:
+        """Write the numbers, with the mean loss terms since the last call that had any."""
+        if self._count:
+            means = {f"loss_{name}": total / self._count for name, total in self._sums.items()}
+            rate = self._images / max(time.monotonic() - self._since, 1e-9)
+            numbers = {**means, **numbers, "images_per_s": rate}
+            shown = {name[5:]: f"{value:.3f}" for name, value in means.items()}
+            self.bar.set_postfix({**shown, "img/s": f"{rate:.0f}"}, refresh=False)
+            self._reset()
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.board.close()
