@@ -1,0 +1,150 @@
+"""Prompt feature extractor: image features and a location prompt in, visual tokens out.
+
+PixelLLM, section 3.2 (`prompt_adapter` in the release): learned tokens and prompt tokens go
+through SAM's two-way transformer against the image features; every learned token then has its own
+linear head. The release's unused dense output is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from segment_anything.modeling import TwoWayTransformer
+from torch import Tensor, nn
+
+from pixelllm.images import resize
+from pixelllm.models.sam import MaskDecoder, PromptEncoder
+
+
+class PromptFeatureExtractor(nn.Module):
+    """Turns (image, location) into `num_outputs` tokens about what is there.
+
+    Args:
+        in_channels: channels of the image features.
+        prompt_width: channels of prompt tokens, dense prompt and image positions.
+        width: channels of the two-way transformer.
+        depth: its layers.
+        num_outputs: learned tokens.
+        output_width: channels of the result.
+        num_heads: attention heads.
+        mlp_width: hidden width of the MLPs.
+        value_position: add a learned linear map of the image positions to the features, so that
+            attention values carry them too; the published model adds them to keys alone.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        prompt_width: int,
+        width: int,
+        depth: int,
+        num_outputs: int,
+        output_width: int,
+        num_heads: int = 8,
+        mlp_width: int = 2048,
+        value_position: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_tokens = nn.Parameter(torch.randn(num_outputs, width))
+        self.image_projection = nn.Linear(in_channels, width)
+        # The release has these two maps only where the widths differ.
+        same = prompt_width == width
+        self.prompt_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
+        self.position_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
+        self.value_projection = nn.Linear(prompt_width, width) if value_position else None
+        self.transformer = TwoWayTransformer(depth, width, num_heads, mlp_width)
+        self.head_weight = nn.Parameter(torch.randn(num_outputs, width, output_width) * width**-0.5)
+        self.head_bias = nn.Parameter(torch.zeros(num_outputs, output_width))
+
+    def forward(
+        self, features: Tensor, prompt_tokens: Tensor, dense: Tensor, image_pe: Tensor
+    ) -> Tensor:
+        """Location-conditioned tokens.
+
+        Args:
+            features: float[B, C, h, w].
+            prompt_tokens: float[B, K, P, prompt_width].
+            dense: float[prompt_width], one dense prompt for all cells, or
+                float[B, K, h * w, prompt_width], one for each.
+            image_pe: float[1, prompt_width, h, w], positions of the cells.
+
+        Returns:
+            float[B, K, num_outputs, output_width].
+        """
+        B, K = prompt_tokens.shape[:2]
+        h, w = features.shape[-2:]
+        positions = image_pe.flatten(2).mT  # (1, N, P)
+        keys = self.image_projection(features.flatten(2).mT)  # (B, N, D)
+        if self.value_projection is not None:
+            keys = keys + self.value_projection(positions)
+        keys = keys[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
+        keys = keys.expand(B, K, -1, -1).flatten(0, 1)
+        key_pe = self.position_projection(positions).expand_as(keys)
+        tokens = self.prompt_projection(prompt_tokens.flatten(0, 1))
+        tokens = torch.cat([self.output_tokens.expand(B * K, -1, -1), tokens], dim=1)
+        tokens, _ = self.transformer(
+            keys.mT.unflatten(2, (h, w)), key_pe.mT.unflatten(2, (h, w)), tokens
+        )
+        tokens = tokens[:, : len(self.output_tokens)]  # (R, outputs, D)
+        outputs = torch.einsum("rnd,ndo->rno", tokens, self.head_weight) + self.head_bias
+        return outputs.unflatten(0, (B, K))
+
+
+@torch.no_grad()
+def init_from_sam(
+    extractor: PromptFeatureExtractor,
+    mask_decoder: MaskDecoder,
+    prompt_encoder: PromptEncoder,
+    sam_channels: slice,
+    points_per_side: int = 0,
+) -> None:
+    """Start the extractor where SAM's mask decoder ended: it already binds a location to a thing.
+
+    Copies the two-way transformer, passes SAM's features through unchanged and the others not at
+    all, and starts the learned tokens at SAM's mask token. Small models depend on it.
+
+    Args:
+        extractor: of the decoder's width and depth, which is also the prompt encoder's width.
+        mask_decoder: trained.
+        prompt_encoder: its companion.
+        sam_channels: where SAM's features lie among the extractor's input channels.
+        points_per_side: this many squared of the learned tokens also start with the encoding of
+            their point of a regular grid, as if it were a foreground prompt.
+
+    Raises:
+        ValueError: widths or depths differ, or there are more grid points than tokens.
+    """
+    width, depth = extractor.output_tokens.shape[1], extractor.transformer.depth
+    decoder = mask_decoder.transformer
+    num_points = points_per_side**2
+    expected = (decoder.embedding_dim, decoder.depth, decoder.mlp_dim)
+    if expected != (width, depth, extractor.transformer.mlp_dim):
+        raise ValueError(
+            f"the extractor has width, depth and MLP width {width}, {depth} and "
+            f"{extractor.transformer.mlp_dim}, SAM's mask decoder {expected}; they must be equal"
+        )
+    if num_points > len(extractor.output_tokens):
+        raise ValueError(f"{num_points} grid points but {len(extractor.output_tokens)} tokens")
+    extractor.transformer.load_state_dict(decoder.state_dict())
+    extractor.image_projection.bias.zero_()
+    extractor.image_projection.weight.zero_()[:, sam_channels].fill_diagonal_(1)
+    noise = torch.randn_like(extractor.output_tokens) * 0.02  # tokens must not stay equal
+    extractor.output_tokens.copy_(mask_decoder.mask_tokens.weight[:1] + noise)
+    if num_points:
+        grid = prompt_encoder.dense_pe(points_per_side, points_per_side).flatten(2)[0].T
+        extractor.output_tokens[:num_points] += grid + prompt_encoder.point_embeddings[1].weight
+
+
+def fuse_features(maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+    """Maps of several encoders as one, channels in the order given.
+
+    Args:
+        maps: float[B, C_i, h_i, w_i] each.
+        size: (h, w) of the result; None takes the largest map's, comparing heights first.
+
+    Returns:
+        float[B, sum of C_i, h, w], bicubic where the size changes.
+    """
+    size = size or max(tuple(features.shape[-2:]) for features in maps)
+    return torch.cat([resize(features, size, "bicubic") for features in maps], dim=1)

@@ -1,0 +1,234 @@
+"""SAM's image encoder, prompt encoder and mask decoder (Kirillov et al., 2023).
+
+The modules are `segment_anything`'s, so official checkpoints load unchanged. What is added:
+  * the encoder takes other input sizes than it was built for, its position tables resized with
+    antialiasing as the PixelLLM release does, and attention runs through fused kernels;
+  * boxes become prompt tokens the PixelLLM way; positions are float32 under autocast;
+  * the mask decoder takes a batch of images with several prompts each.
+The release keeps stochastic depth on in its frozen encoder while training; we do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import segment_anything.modeling as official
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
+from torch import Tensor, nn
+
+from pixelllm.images import resize
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
+PIXEL_STD = (58.395, 57.12, 57.375)
+NUM_BOX_TOKENS = 5  # two corners; the release fills up to the length of its point prompts
+
+
+class SamEncoder(official.ImageEncoderViT):
+    """SAM's ViT: windowed and global attention with decomposed relative positions, conv neck.
+
+    Args:
+        image_size: side of the square images that the position tables are made for.
+        patch_size: pixels per feature cell.
+        width: channels of the transformer.
+        depth: number of blocks.
+        num_heads: attention heads.
+        out_channels: channels of the features.
+        window_size: side of the attention windows, in cells.
+        global_blocks: indices of the blocks that attend to the whole image.
+        mlp_ratio: hidden width of the MLPs over `width`.
+        stem: replaces the linear patch embedding; float[B, 3, H, W] -> float[B, width, h, w].
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        out_channels: int,
+        window_size: int,
+        global_blocks: Sequence[int],
+        mlp_ratio: float = 4.0,
+        stem: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            out_chans=out_channels,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window_size,
+            global_attn_indexes=tuple(global_blocks),
+        )
+        self.patch_size = patch_size
+        self.out_channels = out_channels
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            side = block.window_size or image_size // patch_size
+            block.attn = RelativeAttention(
+                width, num_heads, use_rel_pos=True, input_size=(side,) * 2
+            )
+        if stem is not None:
+            self.patch_embed.proj = stem
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of normalised images.
+
+        Args:
+            images: float[B, 3, H, W], sides divisible by the patch size.
+
+        Returns:
+            float[B, out_channels, h, w].
+        """
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"SAM takes images whose sides are multiples of {self.patch_size}, "
+                f"not {height} x {width}"
+            )
+        x = self.patch_embed(images)  # (B, h, w, C)
+        table = self.pos_embed.permute(0, 3, 1, 2)
+        x = x + resize(table, x.shape[1:3], "bicubic").permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class RelativeAttention(Attention):
+    """SAM's attention on fused kernels, for grids of another size than its position tables'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, h, w, C = x.shape
+        qkv = self.qkv(x).view(B, h * w, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, h * w, d) each
+        grid = q.unflatten(2, (h, w))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w))
+        bias = rows[..., None] + columns[..., None, :]  # (B, heads, h, w, h, w)
+        bias = bias.flatten(4).flatten(2, 3).to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+
+
+def relative_positions(table: Tensor, side: int) -> Tensor:
+    """Rows of a (2 * n - 1, d) table for all pairs on an axis of `side` cells: (side, side, d)."""
+    # The axis is resized as the last one of an image: antialiasing needs no singleton there.
+    table = resize(table.T[None, None], (table.shape[1], 2 * side - 1), "bilinear")[0, 0].T
+    cells = torch.arange(side, device=table.device)
+    return table[cells[:, None] - cells + side - 1]
+
+
+class FourierPositions(PositionEmbeddingRandom):
+    """SAM's random Fourier encoding, in float32 whatever autocast says."""
+
+    def _pe_encoding(self, coords: Tensor) -> Tensor:
+        # Angles reach tens of radians: bfloat16 would move a point by several per cent.
+        with torch.autocast(coords.device.type, enabled=False):
+            return super()._pe_encoding(coords.float())
+
+
+class PromptEncoder(official.PromptEncoder):
+    """SAM's prompt encoder; calling it encodes points, boxes and masks as SAM does.
+
+    Args:
+        width: channels of the prompt tokens, equal to the encoder's `out_channels`.
+        grid_size: (h, w) of the image features that SAM's own call returns a dense prompt for.
+        image_size: (H, W) in pixels that SAM's own call measures its prompts in.
+        mask_channels: hidden channels of the mask prompt branch.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        grid_size: tuple[int, int],
+        image_size: tuple[int, int],
+        mask_channels: int = 16,
+    ) -> None:
+        super().__init__(width, grid_size, image_size, mask_channels)
+        self.pe_layer = FourierPositions(width // 2)
+
+    @property
+    def no_mask(self) -> Tensor:
+        """float[width]: the dense prompt that stands for "no mask"."""
+        return self.no_mask_embed.weight[0]
+
+    def dense_pe(self, h: int, w: int) -> Tensor:
+        """Positions of the cell centres of an h x w grid: float32[1, width, h, w]."""
+        return self.pe_layer((h, w))[None]
+
+    def encode_boxes(self, boxes_px: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Location prompts as PixelLLM feeds them.
+
+        A box gives its two corner tokens, filled up with the no-mask embedding. An all-zero box,
+        which marks padding, gives what the release gives: four points at the origin.
+
+        Args:
+            boxes_px: float32[R, 4], xyxy in pixels of the frame.
+            image_size: (H, W) of the frame.
+
+        Returns:
+            float32[R, 5, width].
+        """
+        R = boxes_px.shape[0]
+        corners = self.pe_layer.forward_with_coords((boxes_px + 0.5).view(R, 2, 2), image_size)
+        ends = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
+        filling = self.no_mask.expand(R, NUM_BOX_TOKENS - 2, -1)
+        box_tokens = torch.cat([corners + ends, filling], dim=1)
+        points = corners[:, :1] + self.point_embeddings[1].weight
+        nothing = self.not_a_point_embed.weight.expand(R, 1, -1)
+        point_tokens = torch.cat([points.expand(-1, NUM_BOX_TOKENS - 1, -1), nothing], dim=1)
+        return torch.where((boxes_px.amax(1) > 0)[:, None, None], box_tokens, point_tokens)
+
+
+class MaskDecoder(official.MaskDecoder):
+    """SAM's mask decoder on a batch of images with several prompts each.
+
+    Args:
+        width: channels of features and prompt tokens.
+        depth: layers of the two-way transformer.
+        num_heads: its attention heads.
+        mlp_width: its hidden width.
+    """
+
+    def __init__(self, width: int, depth: int = 2, num_heads: int = 8, mlp_width: int = 2048):
+        super().__init__(
+            transformer_dim=width,
+            transformer=official.TwoWayTransformer(depth, width, num_heads, mlp_width),
+            iou_head_hidden_dim=width,
+        )
+
+    def forward(
+        self, features: Tensor, image_pe: Tensor, prompt_tokens: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Masks and their predicted IoU; index 0 is the single answer, 1 to 3 the alternatives.
+
+        Args:
+            features: float[B, C, h, w].
+            image_pe: float[1, C, h, w].
+            prompt_tokens: float[B, K, P, C].
+            dense: float[C], the no-mask vector.
+
+        Returns:
+            Logits float[B, K, 4, 4h, 4w] and IoU float[B, K, 4].
+        """
+        B, K = prompt_tokens.shape[:2]
+        h, w = features.shape[-2:]
+        outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        outputs = outputs.expand(B * K, -1, -1)
+        tokens = torch.cat([outputs, prompt_tokens.flatten(0, 1)], dim=1)
+        keys = (features + dense[:, None, None]).repeat_interleave(K, dim=0)
+        tokens, keys = self.transformer(keys, image_pe.expand_as(keys), tokens)
+        upscaled = self.output_upscaling(keys.mT.unflatten(2, (h, w)))  # (R, C / 8, 4h, 4w)
+        mixers = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        masks = torch.einsum("rmc,rchw->rmhw", torch.stack(mixers, dim=1), upscaled)
+        ious = self.iou_prediction_head(tokens[:, 0])
+        return masks.unflatten(0, (B, K)), ious.unflatten(0, (B, K))
