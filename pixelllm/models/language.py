@@ -1,0 +1,509 @@
+"""Language trunks: visual tokens and context in, words and their features out.
+
+PixelLLM paper, section 3.3. Two trunks from `transformers` share one contract: an
+encoder-decoder (Flan-T5 in the paper; visual tokens and context go into the encoder) and a
+decoder-only model (visual tokens, context and words in one causal sequence). A third one, the
+BERT-style decoder of the official release, is in `pixelllm.models.git`.
+
+The feature at position t has seen the words 0..t: it predicts word t + 1 and carries the point
+of word t.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from pixelllm.decoding import beam_search, greedy_search
+
+# The official code adds this to masked attention scores. Unlike -inf it makes a row without any
+# valid key an average over all keys.
+_MASKED = -1e10
+
+
+class Prompt(NamedTuple):
+    """What the words are conditioned on.
+
+    Args:
+        states: float[R, S, D], visual tokens then context; encoded if the trunk has an encoder.
+        padding: bool[R, S], True on padding.
+    """
+
+    states: Tensor
+    padding: Tensor
+
+    def repeat(self, times: int) -> Prompt:
+        """Every row `times` times in a row, as beams want it."""
+        return Prompt(*(tensor.repeat_interleave(times, dim=0) for tensor in self))
+
+
+class Generation(NamedTuple):
+    """Finished words with the features that a parallel (teacher forced) pass over them gives.
+
+    Args:
+        token_ids: int64[R, T], from BOS to EOS, then padding.
+        padding: bool[R, T], True after EOS.
+        log_probs: float32[R, T], natural log-probability of each token under the model (without
+            temperature or penalties), 0 at BOS and on padding. The log-probability of the
+            sentence is their sum, EOS included.
+        hidden: float[R, T, D].
+    """
+
+    token_ids: Tensor
+    padding: Tensor
+    log_probs: Tensor
+    hidden: Tensor
+
+
+class Language(nn.Module, ABC):
+    """The contract of a trunk.
+
+    Args:
+        width: D, the width of visual tokens going in and of features coming out.
+        vocab_size: V.
+        pad_id, bos_id, eos_id: `token_ids` begin with BOS; for T5 that is its padding id, 0.
+    """
+
+    def __init__(self, width: int, vocab_size: int, pad_id: int, bos_id: int, eos_id: int):
+        super().__init__()
+        self.width = width
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+
+    def forward(
+        self,
+        prefix: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        token_ids: Tensor,
+        token_padding: Tensor,
+    ) -> Tensor:
+        """Features of given words (teacher forcing).
+
+        Args:
+            prefix: float[R, N, D], visual tokens.
+            context_ids: int64[R, C], C may be 0.
+            context_padding: bool[R, C], True on padding.
+            token_ids: int64[R, T], BOS first, padded at the end.
+            token_padding: bool[R, T], True on padding.
+
+        Returns:
+            float[R, T, D] after the final norm; meaningless where `token_padding`.
+        """
+        prompt = self.encode(prefix, context_ids, context_padding)
+        return self.decode(prompt, token_ids, token_padding)
+
+    @abstractmethod
+    def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
+        """The part of `forward` that does not depend on the words."""
+
+    @abstractmethod
+    def decode(
+        self,
+        prompt: Prompt,
+        token_ids: Tensor,
+        token_padding: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The rest of `forward`; with a cache, `token_ids` continue the words already in it."""
+
+    @abstractmethod
+    def new_cache(self) -> Cache:
+        """An empty key-value cache for `decode`."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary head, outside autocast: float[..., D] -> float32[..., V]."""
+
+    @torch.no_grad()
+    def stream(
+        self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor, max_new_tokens: int
+    ) -> Iterator[tuple[int, Tensor, float]]:
+        """Greedy decoding of one row that yields every word as soon as its feature exists.
+
+        Yields:
+            token id, feature float[1, D] of that token, its log-probability; EOS only ends.
+        """
+        prompt = self.encode(prefix, context_ids, context_padding)
+        cache = self.new_cache()
+        token = torch.tensor([self.bos_id], device=prefix.device)
+        hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
+        for _ in range(max_new_tokens):
+            log_prob, token = self.logits(hidden).log_softmax(-1).max(-1)
+            if token.item() == self.eos_id:
+                return
+            hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
+            yield token.item(), hidden, log_prob.item()
+
+    @torch.no_grad()
+    def generate_official(
+        self,
+        prefix: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+    ) -> Generation:
+        """Decode by the rules of the official release (`pixelllm.decoding`), without a cache."""
+        prompt = self.encode(prefix, context_ids, context_padding)
+        beams = prompt.repeat(num_beams)
+        R, length = len(prefix), max_new_tokens + 2  # the official loop never fills the last slot
+        start = torch.full((R, length), self.eos_id, device=prefix.device)
+        start[:, 0] = self.bos_id
+
+        def next_logits(token_ids: Tensor, t: int) -> Tensor:
+            return self.logits(self.decode(beams, token_ids[:, : t + 1])[:, -1])
+
+        if num_beams == 1:
+            token_ids, _ = greedy_search(next_logits, start, self.eos_id)
+        else:
+            all_ids, _ = beam_search(next_logits, start, self.eos_id, num_beams)
+            token_ids = all_ids[:, -1]
+        return self._finish(prompt, token_ids[:, : length - 1])
+
+    def _finish(self, prompt: Prompt, token_ids: Tensor) -> Generation:
+        """One parallel pass over generated words (T may shrink to the longest row)."""
+        is_eos = token_ids == self.eos_id
+        is_eos[:, 0] = False  # BOS and EOS may share an id
+        padding = is_eos.cumsum(1) - is_eos.long() > 0
+        T = int((~padding).sum(1).max())
+        padding = padding[:, :T]
+        token_ids = token_ids[:, :T].masked_fill(padding, self.pad_id)
+        hidden = self.decode(prompt, token_ids, padding)
+        predicted = self.logits(hidden[:, :-1]).log_softmax(-1)  # (R, T - 1, V)
+        log_probs = predicted.gather(-1, token_ids[:, 1:, None])[..., 0]
+        log_probs = F.pad(log_probs, (1, 0)).masked_fill(padding, 0.0)
+        return Generation(token_ids, padding, log_probs, hidden)
+
+
+class TransformersLanguage(Language):
+    """A trunk around a `transformers` model, which generates through that library.
+
+    Args:
+        model: with `lm_head` and input embeddings.
+        bos_id: the id the words begin with.
+    """
+
+    def __init__(self, model: PreTrainedModel, bos_id: int):
+        config = model.config
+        eos_id = config.eos_token_id
+        if not isinstance(eos_id, int):
+            raise ValueError(
+                f"a trunk needs one EOS id, this {config.model_type} has {eos_id}; "
+                "set eos_token_id in its config"
+            )
+        pad_id = eos_id if config.pad_token_id is None else config.pad_token_id
+        super().__init__(config.hidden_size, config.vocab_size, pad_id, bos_id, eos_id)
+        self.model = model
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64[R, T] -> float[R, T, D]"""
+        return self.model.get_input_embeddings()(token_ids)
+
+    @abstractmethod
+    def _search(self, prompt: Prompt, config: GenerationConfig) -> Tensor:
+        """Generated ids with BOS, int64[R, T]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.model.lm_head.weight.float())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prefix: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        length_penalty: float = 1.0,
+        use_cache: bool = True,
+    ) -> Generation:
+        """Greedy, beam or sampled words through `transformers`, the prompt encoded once.
+
+        Args:
+            prefix, context_ids, context_padding: as in `forward`.
+            max_new_tokens: without BOS, EOS included.
+            length_penalty: beams are ranked by log-probability / length ** length_penalty.
+            The others as in `transformers.GenerationConfig`.
+        """
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+        beams = {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {}
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            use_cache=use_cache,
+            bos_token_id=self.bos_id,
+            decoder_start_token_id=self.bos_id,
+            eos_token_id=self.eos_id,
+            pad_token_id=self.pad_id,
+            **sampling,
+            **beams,
+        )
+        prompt = self.encode(prefix, context_ids, context_padding)
+        return self._finish(prompt, self._search(prompt, config))
+
+
+class EncoderDecoderLanguage(TransformersLanguage):
+    """T5: the encoder reads visual tokens and context, the decoder writes.
+
+    As in the official code, input dropout spares the visual tokens, and the output dropout lies
+    between the features and the vocabulary head, so that the points see features without it.
+
+    Args:
+        model: T5 or mT5.
+        official_masks: mask padding as the official code does, whose fully masked positions
+            (EOS and padding as decoder queries, padded context as encoder queries) average over
+            all keys. Every other position is the same either way.
+    """
+
+    def __init__(self, model: PreTrainedModel, official_masks: bool = False):
+        if model.config.model_type not in ("t5", "mt5"):
+            raise ValueError(f"{model.config.model_type} is not of the T5 family")
+        start = model.config.decoder_start_token_id
+        super().__init__(model, bos_id=model.config.pad_token_id if start is None else start)
+        self.official_masks = official_masks
+        # The stacks share one dropout between input and output; it moves into this class.
+        self.dropout = nn.Dropout(model.config.dropout_rate)
+        model.encoder.dropout.p = model.decoder.dropout.p = 0.0
+
+    def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
+        context = self.dropout(self.embed(context_ids))
+        states = torch.cat([prefix, context.to(prefix.dtype)], dim=1)
+        padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
+        mask = _pair_mask(padding, padding) if self.official_masks else ~padding
+        encoded = self.model.encoder(inputs_embeds=states, attention_mask=mask)
+        return Prompt(self.dropout(encoded.last_hidden_state), padding)
+
+    def decode(
+        self,
+        prompt: Prompt,
+        token_ids: Tensor,
+        token_padding: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        if self.official_masks and token_padding is not None:
+            self_mask, cross_mask = _official_decoder_masks(token_padding, prompt.padding)
+        else:
+            self_mask, cross_mask = None, ~prompt.padding  # causal: padded words come last
+        return self.model.decoder(
+            inputs_embeds=self.dropout(self.embed(token_ids)),
+            attention_mask=self_mask,
+            encoder_hidden_states=prompt.states,
+            encoder_attention_mask=cross_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def new_cache(self) -> Cache:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        # Only the first T5 scales here; Flan-T5 does not.
+        scale = self.width**-0.5 if self.model.config.scale_decoder_outputs else 1.0
+        return super().logits(self.dropout(hidden) * scale)
+
+    def _search(self, prompt: Prompt, config: GenerationConfig) -> Tensor:
+        # The library's own cache has as many layers as the encoder, too few for a deeper decoder.
+        cache = {"past_key_values": self.new_cache()} if config.use_cache else {}
+        return self.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=prompt.states),
+            attention_mask=(~prompt.padding).long(),
+            generation_config=config,
+            **cache,
+        )
+
+
+class DecoderOnlyLanguage(TransformersLanguage):
+    """Any causal model: [visual tokens; context; words] in one sequence.
+
+    Padded context is masked and takes no position, so that it may stay in the middle.
+
+    Args:
+        model: from `AutoModelForCausalLM`.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        bos_id = model.config.bos_token_id
+        super().__init__(model, bos_id=model.config.eos_token_id if bos_id is None else bos_id)
+
+    def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
+        context = self.embed(context_ids).to(prefix.dtype)
+        padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
+        return Prompt(torch.cat([prefix, context], dim=1), padding)
+
+    def decode(
+        self,
+        prompt: Prompt,
+        token_ids: Tensor,
+        token_padding: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        del token_padding  # causal: padded words come last and are seen by none
+        inputs = self.embed(token_ids)
+        T = num_words = inputs.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        if past:
+            num_words += past - prompt.states.shape[1]
+        else:
+            inputs = torch.cat([prompt.states, inputs.to(prompt.states.dtype)], dim=1)
+        valid = F.pad(~prompt.padding, (0, num_words), value=True)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        hidden = self.model.base_model(
+            inputs_embeds=inputs,
+            attention_mask=valid.long(),
+            position_ids=positions[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return hidden[:, -T:]
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    def _search(self, prompt: Prompt, config: GenerationConfig) -> Tensor:
+        bos = torch.full((len(prompt.states), 1), self.bos_id, device=prompt.states.device)
+        inputs = torch.cat([prompt.states, self.embed(bos).to(prompt.states.dtype)], dim=1)
+        valid = F.pad(~prompt.padding, (0, 1), value=True)
+        words = self.model.generate(
+            inputs_embeds=inputs, attention_mask=valid.long(), generation_config=config
+        )
+        return torch.cat([bos, words], dim=1)
+
+
+def load_trunk(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> EncoderDecoderLanguage | DecoderOnlyLanguage:
+    """A pretrained trunk from a Hub id or, without any network access, from a local folder.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: an encoder-decoder that is not of the T5 family.
+    """
+    source = {
+        "pretrained_model_name_or_path": str(name_or_path),
+        "local_files_only": Path(name_or_path).is_dir(),
+    }
+    if AutoConfig.from_pretrained(**source).is_encoder_decoder:
+        return EncoderDecoderLanguage(AutoModelForSeq2SeqLM.from_pretrained(**source, dtype=dtype))
+    return DecoderOnlyLanguage(AutoModelForCausalLM.from_pretrained(**source, dtype=dtype))
+
+
+def build_t5(
+    vocab_size: int,
+    width: int,
+    num_encoder_layers: int,
+    num_decoder_layers: int,
+    num_heads: int,
+    ff: int,
+    dropout: float = 0.1,
+    head_dim: int | None = None,
+    official_masks: bool = False,
+) -> EncoderDecoderLanguage:
+    """A T5 of the Flan kind (gated GELU, separate vocabulary head) with random weights.
+
+    The head starts at std D^-0.5, so that the first logits have unit variance; with the
+    library's 1.0 a small model does not learn. Ids: padding and BOS 0, EOS 1.
+    """
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_kv=head_dim or width // num_heads,
+        d_ff=ff,
+        num_layers=num_encoder_layers,
+        num_decoder_layers=num_decoder_layers,
+        num_heads=num_heads,
+        dropout_rate=dropout,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = T5ForConditionalGeneration(config)
+    # The library ties the head to the embedding whatever the config says.
+    model.lm_head = nn.Linear(width, vocab_size, bias=False)
+    nn.init.normal_(model.lm_head.weight, std=width**-0.5)
+    model.all_tied_weights_keys.pop("lm_head.weight")
+    return EncoderDecoderLanguage(model, official_masks)
+
+
+def build_causal(
+    vocab_size: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    ff: int,
+    dropout: float = 0.0,
+    pad_id: int = 0,
+    bos_id: int = 0,
+    eos_id: int = 1,
+) -> DecoderOnlyLanguage:
+    """A Llama with random weights; `dropout` acts on attention only, as in that model."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=ff,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        attention_dropout=dropout,
+        pad_token_id=pad_id,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        tie_word_embeddings=False,
+    )
+    return DecoderOnlyLanguage(LlamaForCausalLM(config))
+
+
+def add_lora(trunk: TransformersLanguage, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Freeze the trunk and add low-rank factors (scale alpha / rank) to its `targets`, in place.
+
+    Args:
+        targets: ends of module names, e.g. ("q", "v") for T5's three kinds of attention.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+    inject_adapter_in_model(config, trunk.model)
+    for name, parameter in trunk.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _pair_mask(query_padding: Tensor, key_padding: Tensor) -> Tensor:
+    """bool[R, Q], bool[R, S] -> float32[R, 1, Q, S], 0 where both are valid."""
+    masked = query_padding[:, None, :, None] | key_padding[:, None, None, :]
+    return torch.zeros(masked.shape, device=masked.device).masked_fill(masked, _MASKED)
+
+
+def _official_decoder_masks(token_padding: Tensor, prompt_padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Self and cross attention masks from the targets: a word before padding is padding too."""
+    no_target = F.pad(token_padding[:, 1:], (0, 1), value=True)
+    T = no_target.shape[1]
+    future = torch.ones(T, T, dtype=torch.bool, device=no_target.device).triu(1)
+    self_mask = _pair_mask(no_target, no_target).masked_fill(future, _MASKED)
+    return self_mask, _pair_mask(no_target, prompt_padding)
