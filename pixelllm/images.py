@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-WIDE_MODES = ("I", "F")  # 32-bit PIL modes; the 16-bit ones begin with "I;16"
+WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's convert() would clip them
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what its decoders raise
 
 
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -31,33 +34,33 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         ValueError: not an image, truncated, or larger than Pillow's bomb limit; names the source.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "image in memory")
-    if isinstance(source, bytes):
-        name, stream = f"image of {len(source)} bytes", io.BytesIO(source)
+        name, opened = "image in memory", nullcontext(source)
     else:
-        name, stream = str(source), Path(source)
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+        opened = None
     try:
-        with Image.open(stream) as image:
-            return _to_rgb(image, name)
+        with opened or Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as image:
+            return _to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name}: refused as a decompression bomb ({error})") from error
+        raise ValueError(f"{name}: refused as a decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{name}: broken or truncated image ({error})") from error
+        raise ValueError(f"{name}: not an image in a format that Pillow reads") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{name}: broken, truncated or unreadable image: {error}") from error
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     width, height = image.size
     if width * height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns up to twice the limit
-        raise ValueError(
-            f"{name}: refused as a decompression bomb ({width} x {height} pixels, "
-            f"limit {Image.MAX_IMAGE_PIXELS}); shrink it first"
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels, the limit is {Image.MAX_IMAGE_PIXELS}; shrink it first"
         )
     image = ImageOps.exif_transpose(image)
-    if image.mode in WIDE_MODES or image.mode.startswith("I;16"):
+    if image.mode in WIDE_MODES:
         return _scale_to_8_bits(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -154,3 +157,70 @@ def normalise(
         columns = torch.arange(width, device=images.device) < sizes[:, 1, None]  # (B, W)
         pixels = pixels * (rows[:, None, :, None] & columns[:, None, None, :])
     return resize(pixels, size, "bilinear")
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest neighbour at cell centres, the data pipeline's rule for masks: [n, H, W]."""
+    return F.interpolate(masks[None], size, mode="nearest-exact")[0]
+
+
+def crop_points(points: Tensor, window: Tensor) -> Tensor:
+    """Points seen through a window, moved onto its border where they lie outside.
+
+    Args:
+        points: float[..., 2], (x, y) in the unit of `window`.
+        window: float[4], xyxy.
+
+    Returns:
+        float[..., 2] in [0, 1] of the window.
+    """
+    return ((points - window[:2]) / (window[2:] - window[:2])).clamp(0, 1)
+
+
+def crop_boxes(boxes: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes seen through a window: `crop_points` of the corners, and which are not empty.
+
+    Returns:
+        float[n, 4] and bool[n].
+    """
+    cropped = crop_points(boxes.unflatten(-1, (2, 2)), window)
+    return cropped.flatten(-2), (cropped[..., 1, :] > cropped[..., 0, :]).all(-1)
+
+
+def flip_points(points: Tensor) -> Tensor:
+    """Mirror left and right: float[..., 2] in [0, 1]."""
+    return torch.stack([1 - points[..., 0], points[..., 1]], dim=-1)
+
+
+def flip_boxes(boxes: Tensor) -> Tensor:
+    """Mirror left and right: float[..., 4], xyxy in [0, 1]."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([1 - x1, y0, 1 - x0, y1], dim=-1)
+
+
+def random_frame(
+    image: Image.Image, frame: int, scale: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, tuple[int, int], Tensor]:
+    """The reference's training view: random size, then a random crop that fits the frame.
+
+    Args:
+        image: RGB.
+        frame: side of the result.
+        scale: range of the longer side before the crop, over `frame`.
+        generator: source of the randomness.
+
+    Returns:
+        uint8[3, frame, frame], the unpadded (h, w), and the window that is seen, float32[4], xyxy
+        in [0, 1] of the image, for `crop_boxes` and `crop_points`.
+    """
+    low, high = scale
+    longer = int(frame * (low + (high - low) * torch.rand((), generator=generator).item()))
+    pixels = to_tensor(image)
+    height, width = resize_size(tuple(pixels.shape[1:]), longer, longer)
+    h, w = min(height, frame), min(width, frame)
+    top = int(torch.randint(height - h + 1, (), generator=generator))
+    left = int(torch.randint(width - w + 1, (), generator=generator))
+    pixels = resize_frame(pixels, (height, width))[:, top : top + h, left : left + w]
+    window = torch.tensor([left, top, left + w, top + h])
+    window = window / torch.tensor([width, height, width, height])
+    return pad_frame(pixels.round().to(torch.uint8), frame), (h, w), window

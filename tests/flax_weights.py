@@ -87,7 +87,7 @@ def prompt_extractor(weights: Weights) -> StateDict:
     for key, value in plain(weights).items():
         head = re.match(r"output_hypernetworks_mlps\.(\d+)\.layers\.0\.(weight|bias)", key)
         if head:
-            heads[head[2], int(head[1])] = value.T
+            heads[head[2], int(head[1])] = value.T if value.ndim == 2 else value
         elif not key.startswith("dense_output_mlp"):
             for flax, torch_name in PROMPT_NAMES:
                 key = key.replace(flax, torch_name)

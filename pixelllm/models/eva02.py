@@ -1,8 +1,8 @@
 """EVA-02 image encoder (Fang et al., 2023) through timm, at any input size.
 
-Two things differ between timm's defaults and the PixelLLM release, and are options here: whether
-rotary positions are rescaled to the pretraining grid (the release does not), and the epsilon of
-the norm inside the feed-forward layers (1e-5 in the release, 1e-6 in timm).
+The PixelLLM release differs from timm in two ways. It does not rescale rotary positions to the
+grid of pretraining: an option here. Its norms inside the feed-forward layers have an epsilon of
+1e-5: `eva02` does as the release, `eva02_from_timm` keeps timm's 1e-6.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def eva02(
     depth: int,
     num_heads: int,
     drop_path: float = 0.0,
-    rescale_positions: bool = False,
+    interpolate_rope: bool = False,
     final_norm: bool = True,
     stem: nn.Module | None = None,
 ) -> Eva02Encoder:
@@ -65,7 +65,7 @@ def eva02(
         depth: number of blocks.
         num_heads: attention heads.
         drop_path: stochastic depth of the last block; grows linearly from 0 at the first.
-        rescale_positions: measure rotary positions in cells of the table's grid at every size.
+        interpolate_rope: stretch rotary positions over the table's grid at every size.
         final_norm: end in a LayerNorm over all tokens.
         stem: see `Eva02Encoder`.
     """
@@ -80,7 +80,7 @@ def eva02(
         swiglu_mlp=True,
         scale_mlp=True,
         use_rot_pos_emb=True,
-        ref_feat_shape=image_size // patch_size if rescale_positions else None,
+        ref_feat_shape=image_size // patch_size if interpolate_rope else None,
         drop_path_rate=drop_path,
         use_post_transformer_norm=final_norm,
         use_fc_norm=False,
@@ -88,11 +88,13 @@ def eva02(
         global_pool="",
         dynamic_img_size=True,
     )
-    return Eva02Encoder(with_inner_norm_eps(vit, 1e-5), stem)
+    for block in vit.blocks:
+        block.mlp.norm.eps = 1e-5
+    return Eva02Encoder(vit, stem)
 
 
 def eva02_from_timm(
-    name: str, pretrained: bool = False, drop_path: float = 0.0, rescale_positions: bool = False
+    name: str, pretrained: bool = False, drop_path: float = 0.0, interpolate_rope: bool = False
 ) -> Eva02Encoder:
     """Any EVA-02 that timm knows, e.g. `eva02_large_patch14_224.mim_m38m`.
 
@@ -100,9 +102,9 @@ def eva02_from_timm(
         name: timm's name.
         pretrained: load timm's weights, from the Hub or its cache.
         drop_path: see `eva02`.
-        rescale_positions: keep timm's rotary positions instead of the PixelLLM release's.
+        interpolate_rope: as timm, not as the PixelLLM release; see `eva02`.
     """
-    positions = {} if rescale_positions else {"ref_feat_shape": None}
+    positions = {} if interpolate_rope else {"ref_feat_shape": None}
     vit = timm.create_model(
         name,
         pretrained=pretrained,
@@ -112,12 +114,4 @@ def eva02_from_timm(
         drop_path_rate=drop_path,
         **positions,
     )
-    return Eva02Encoder(with_inner_norm_eps(vit, 1e-5))
-
-
-def with_inner_norm_eps(vit: Eva, eps: float) -> Eva:
-    """Set the epsilon of the norms inside the feed-forward layers, where there are any."""
-    for block in vit.blocks:
-        if isinstance(block.mlp.norm, nn.LayerNorm):
-            block.mlp.norm.eps = eps
-    return vit
+    return Eva02Encoder(vit)

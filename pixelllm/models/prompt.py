@@ -29,8 +29,8 @@ class PromptFeatureExtractor(nn.Module):
         output_width: channels of the result.
         num_heads: attention heads.
         mlp_width: hidden width of the MLPs.
-        value_position: add a learned linear map of the image positions to the features, so that
-            attention values carry them too; the published model adds them to keys alone.
+        value_position: add a learned linear map of the image positions and of plain (x, y) to the
+            features, so that attention values carry them; the published model's do not.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PromptFeatureExtractor(nn.Module):
         same = prompt_width == width
         self.prompt_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
         self.position_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
-        self.value_projection = nn.Linear(prompt_width, width) if value_position else None
+        self.value_projection = nn.Linear(prompt_width + 2, width) if value_position else None
         self.transformer = TwoWayTransformer(depth, width, num_heads, mlp_width)
         self.head_weight = nn.Parameter(torch.randn(num_outputs, width, output_width) * width**-0.5)
         self.head_bias = nn.Parameter(torch.zeros(num_outputs, output_width))
@@ -77,7 +77,8 @@ class PromptFeatureExtractor(nn.Module):
         positions = image_pe.flatten(2).mT  # (1, N, P)
         keys = self.image_projection(features.flatten(2).mT)  # (B, N, D)
         if self.value_projection is not None:
-            keys = keys + self.value_projection(positions)
+            places = cell_centres(h, w, positions.device).to(positions.dtype)
+            keys = keys + self.value_projection(torch.cat([positions, places[None]], dim=-1))
         keys = keys[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
         keys = keys.expand(B, K, -1, -1).flatten(0, 1)
         key_pe = self.position_projection(positions).expand_as(keys)
@@ -89,6 +90,13 @@ class PromptFeatureExtractor(nn.Module):
         tokens = tokens[:, : len(self.output_tokens)]  # (R, outputs, D)
         outputs = torch.einsum("rnd,ndo->rno", tokens, self.head_weight) + self.head_bias
         return outputs.unflatten(0, (B, K))
+
+
+def cell_centres(h: int, w: int, device: torch.device) -> Tensor:
+    """(x, y) in [-1, 1] of an h x w grid's cells, row-major: float32[h * w, 2]."""
+    y = (torch.arange(h, device=device) + 0.5) / h * 2 - 1
+    x = (torch.arange(w, device=device) + 0.5) / w * 2 - 1
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -113,7 +121,7 @@ def init_from_sam(
             their point of a regular grid, as if it were a foreground prompt.
 
     Raises:
-        ValueError: widths or depths differ, or there are more grid points than tokens.
+        ValueError: sizes differ, or there are more grid points than tokens.
     """
     width, depth = extractor.output_tokens.shape[1], extractor.transformer.depth
     decoder = mask_decoder.transformer
@@ -124,11 +132,16 @@ def init_from_sam(
             f"the extractor has width, depth and MLP width {width}, {depth} and "
             f"{extractor.transformer.mlp_dim}, SAM's mask decoder {expected}; they must be equal"
         )
+    if len(range(extractor.image_projection.in_features)[sam_channels]) != width:
+        raise ValueError(f"{sam_channels} of the image features is not {width} channels wide")
     if num_points > len(extractor.output_tokens):
         raise ValueError(f"{num_points} grid points but {len(extractor.output_tokens)} tokens")
     extractor.transformer.load_state_dict(decoder.state_dict())
     extractor.image_projection.bias.zero_()
     extractor.image_projection.weight.zero_()[:, sam_channels].fill_diagonal_(1)
+    if extractor.value_projection is not None:
+        extractor.value_projection.weight.zero_()
+        extractor.value_projection.bias.zero_()
     noise = torch.randn_like(extractor.output_tokens) * 0.02  # tokens must not stay equal
     extractor.output_tokens.copy_(mask_decoder.mask_tokens.weight[:1] + noise)
     if num_points:

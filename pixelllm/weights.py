@@ -1,0 +1,98 @@
+"""Foreign weight files, read without unpickling code and put into modules whose names they share."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+MAX_NAMED = 8  # keys that an error lists of each kind
+
+
+def load_sam_checkpoint(
+    path: str | Path,
+    encoder: nn.Module,
+    prompt_encoder: nn.Module,
+    mask_decoder: nn.Module | None = None,
+) -> None:
+    """Official `sam_vit_{b,l,h}` weights, or any file of their key layout.
+
+    Args:
+        path: .pth or .safetensors with `image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`.
+        encoder: a `SamEncoder` of the checkpoint's sizes.
+        prompt_encoder: its `PromptEncoder`.
+        mask_decoder: its `MaskDecoder`; None leaves those weights out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a weight file, or keys are missing, extra or misshapen; lists them.
+    """
+    state = read_weights(path)
+    modules = {"image_encoder": encoder, "prompt_encoder": prompt_encoder}
+    if mask_decoder is None:
+        state = {key: value for key, value in state.items() if not key.startswith("mask_decoder.")}
+    else:
+        modules["mask_decoder"] = mask_decoder
+    load_exactly(nn.ModuleDict(modules), state, str(path))
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file, by key, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: neither format, damaged, or holding more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weight file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Old torch files are not zip archives and cannot be mapped into memory.
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a readable file of weights alone: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: expected a flat dictionary of tensors by name")
+    return state
+
+
+def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict(strict=True)` whose error names the source and lists every difference.
+
+    Raises:
+        ValueError: keys are missing, extra or misshapen; the module is then unchanged.
+    """
+    expected = module.state_dict()
+    misshapen = [
+        f"{key} (is {tuple(state[key].shape)}, should be {tuple(value.shape)})"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    faults = {
+        "missing": [key for key in expected if key not in state],
+        "extra": [key for key in state if key not in expected],
+        "misshapen": misshapen,
+    }
+    lines = [f"  {len(keys)} {kind}: {_first(keys)}" for kind, keys in faults.items() if keys]
+    if lines:
+        raise ValueError(
+            "\n".join(
+                [f"{source}: these weights do not fit the model of this configuration", *lines]
+            )
+        )
+    module.load_state_dict(state)
+
+
+def _first(keys: list[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
