@@ -1,0 +1,341 @@
+"""Stills and animations of captions: the image, the trace, and every word in its own colour.
+
+A caption is the dictionary that `pixelllm caption --json` prints: `image`, `size_hw`, `caption`,
+`words` (each `text`, `point`, `box`, `log_prob`; point and box may be null) and `log_prob`;
+points (x, y) and boxes xyxy in [0, 1] of the original image. Points a little outside the image
+are drawn on its border. Words say when they are spoken by their length: `word_times`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+from pixelllm.images import open_image
+
+# One hue after another at about the same lightness: dark text stays readable on all of them.
+TRAIL = ("#5b8cff", "#9a6bff", "#e05bd6", "#ff6b7f", "#ff9a4a", "#f7cf4d")
+PAPER, INK, FADED = (252, 251, 249), (28, 27, 26), (176, 172, 167)
+SAMPLES = 12  # straight pieces per curve between two points
+STOP = 0.05  # points closer than this share of the image are one numbered stop
+
+
+class Knot(NamedTuple):
+    """A word's point on a picture: place in the sentence, and pixels."""
+
+    word: int
+    x: float
+    y: float
+
+
+def check_caption(caption: dict[str, Any]) -> None:
+    """Raise ValueError naming the image, the word and the field that break the contract."""
+    name = caption.get("image", "caption without an image")
+    for key in ("image", "size_hw", "caption", "words"):
+        if key not in caption:
+            raise ValueError(f"{name}: the caption has no {key!r}; found {sorted(caption)}")
+    for number, word in enumerate(caption["words"]):
+        for key, length in (("point", 2), ("box", 4)):
+            place = word.get(key)
+            if place is None:
+                continue
+            if len(place) != length or not all(math.isfinite(value) for value in place):
+                raise ValueError(
+                    f"{name}: word {number} ({word['text']!r}) has {key} {place}; "
+                    f"expected {length} finite numbers in [0, 1] of the image, or null"
+                )
+
+
+def open_picture(caption: dict[str, Any]) -> Image.Image:
+    """The caption's image, upright and RGB; raises ValueError where its size is not `size_hw`."""
+    image = open_image(caption["image"])
+    if [image.height, image.width] != list(caption["size_hw"]):
+        raise ValueError(
+            f"{caption['image']}: size_hw says {list(caption['size_hw'])}, the image opens as "
+            f"{[image.height, image.width]}; was it changed, or captioned without its rotation?"
+        )
+    return image
+
+
+def trail_color(position: float) -> tuple[int, int, int]:
+    """RGB of a moment of the sentence, from 0 (first word) to 1 (last word)."""
+    scaled = min(max(position, 0.0), 1.0) * (len(TRAIL) - 1)
+    first = min(int(scaled), len(TRAIL) - 2)
+    pair = [bytes.fromhex(stop[1:]) for stop in TRAIL[first : first + 2]]
+    red, green, blue = (round(a + (b - a) * (scaled - first)) for a, b in zip(*pair, strict=True))
+    return red, green, blue
+
+
+def word_color(index: int, count: int) -> tuple[int, int, int]:
+    return trail_color(index / max(count - 1, 1))
+
+
+def word_times(words: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Start and end of every word in seconds, at an easy reading pace."""
+    times, now = [], 0.0
+    for word in words:
+        pause = 0.25 if word["text"].endswith((".", ",", ";", "!", "?")) else 0.0
+        end = now + 0.2 + 0.03 * len(word["text"]) + pause
+        times.append((now, end))
+        now = end
+    return times
+
+
+def text_between(caption: dict[str, Any]) -> tuple[list[str], str]:
+    """The text before every word and after the last one, so that nothing of the caption is lost."""
+    gaps, cursor = [], 0
+    for word in caption["words"]:
+        start = caption["caption"].find(word["text"], cursor)
+        if start < 0:  # words were normalised: show them as they are
+            return ["", *[" "] * (len(caption["words"]) - 1)][: len(caption["words"])], ""
+        gaps.append(caption["caption"][cursor:start])
+        cursor = start + len(word["text"])
+    return gaps, caption["caption"][cursor:]
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """A path beside `path` to write to; takes its name at the end, is removed on any error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def fit(image: Image.Image, longest: int) -> Image.Image:
+    """The image scaled so that its longer side has `longest` pixels."""
+    scale = longest / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def knots(words: Sequence[dict[str, Any]], width: float, height: float) -> list[Knot]:
+    """Points of the words that have one, in pixels of a picture, held inside it."""
+    return [
+        Knot(i, min(max(x, 0.0), 1.0) * width, min(max(y, 0.0), 1.0) * height)
+        for i, (x, y) in ((i, w["point"]) for i, w in enumerate(words) if w["point"] is not None)
+    ]
+
+
+def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
+    """A smooth (Catmull-Rom) line from one knot to the next; passes through both."""
+    last = len(trail) - 1
+    p0, p1, p2, p3 = (trail[min(max(segment + k, 0), last)][1:] for k in (-1, 0, 1, 2))
+
+    def at(u: float, a: float, b: float, c: float, d: float) -> float:
+        return b + u * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a))) / 2
+
+    steps = [k / SAMPLES for k in range(SAMPLES + 1)]
+    return [tuple(at(u, *axis) for axis in zip(p0, p1, p2, p3, strict=True)) for u in steps]
+
+
+def still(caption: dict[str, Any], longest: int = 1024) -> Image.Image:
+    """One RGB picture: the image with numbered stops of the trace, the caption below it.
+
+    Consecutive words that point at about the same place share a stop; a word's underline has
+    the colour of its piece of the line.
+    """
+    check_caption(caption)
+    photo = fit(open_picture(caption), longest)
+    words = caption["words"]
+    stops = _stops(words)
+    trail = knots(words, *photo.size)
+    _draw_trail(photo, trail, len(words), until=len(words))
+    _draw_stops(photo, [knot for knot in trail if knot.word in stops], stops, len(words))
+    return _mount(photo, _panel(caption, photo.width, stops))
+
+
+def write_still(caption: dict[str, Any], path: Path | str, longest: int = 1024) -> None:
+    """Write `still` as a PNG file."""
+    picture = still(caption, longest)
+    with written_whole(path) as beside:
+        picture.save(beside, format="PNG")
+
+
+def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> None:
+    """Write an endless animation: the words light up one by one while the trace is drawn."""
+    check_caption(caption)
+    photo = fit(open_picture(caption), longest)
+    words = caption["words"]
+    base = _mount(photo, _panel(caption, photo.width))
+    palette = _gif_palette(photo)
+    ground = base.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    frames, durations = [], []
+    for until, active, seconds in _moments(words):
+        frame = _frame(caption, photo, until, active)
+        # Only what changed is quantised anew: dither noise elsewhere would be stored every time.
+        changed = ImageChops.difference(frame, base).convert("L").point([0] + [255] * 255)
+        changed.paste(255, (0, photo.height, *base.size))
+        flat = frame.quantize(palette=palette, dither=Image.Dither.NONE)
+        frames.append(Image.composite(flat, ground, changed))
+        frames[-1].putpalette(palette.getpalette())
+        durations.append(round(seconds * 100) * 10)  # GIF counts hundredths of a second
+    with written_whole(path) as beside:
+        frames[0].save(
+            beside, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
+
+
+def _moments(words: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int | None, float]]:
+    """(how far the pen is, in words; the word spoken; seconds) of every frame of an animation."""
+    for index, (start, end) in enumerate(word_times(words)):
+        yield index + 0.2, index, (end - start) / 2
+        yield index + 0.5, index, (end - start) / 2
+    yield len(words), None, 2.5
+
+
+def _frame(
+    caption: dict[str, Any], photo: Image.Image, until: float, active: int | None
+) -> Image.Image:
+    words, picture = caption["words"], photo.copy()
+    trail = knots(words, *photo.size)
+    _draw_trail(picture, trail, len(words), until)
+    if active is not None:
+        _draw_word(picture, words[active], word_color(active, len(words)))
+    return _mount(picture, _panel(caption, photo.width, said=until, active=active))
+
+
+def _stops(words: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """First word of every stop -> its number, counted from 1."""
+    stops: dict[int, int] = {}
+    anchor = None
+    for index, word in enumerate(words):
+        point = word["point"]
+        if point is not None and (anchor is None or math.dist(point, anchor) > STOP):
+            stops[index] = len(stops) + 1
+            anchor = point
+    return stops
+
+
+def _draw_trail(photo: Image.Image, trail: Sequence[Knot], count: int, until: float) -> None:
+    """Draw the line up to the word position `until` (a word's point is reached at its middle)."""
+    double = Image.new("RGBA", (2 * photo.width, 2 * photo.height))  # halved later: smooth edges
+    draw = ImageDraw.Draw(double)
+    width = max(4, round(max(photo.size) / 110))
+    lines = []
+    for segment, (a, b) in enumerate(pairwise(trail)):
+        share = min(max((until - a.word - 0.5) / (b.word - a.word), 0.0), 1.0)
+        points = [(2 * x, 2 * y) for x, y in curve(trail, segment)]
+        for k in range(round(share * SAMPLES)):
+            moment = (a.word + (b.word - a.word) * (k + 0.5) / SAMPLES) / max(count - 1, 1)
+            lines.append((points[k], points[k + 1], trail_color(moment)))
+    for extra, alpha in ((width * 0.8, 210), (0, 255)):  # a white casing under the colours
+        for start, end, color in lines:
+            fill = (*(color if alpha == 255 else (255, 255, 255)), alpha)
+            thick = width + extra
+            draw.line((start, end), fill=fill, width=round(thick))
+            for x, y in (start, end):
+                draw.circle((x, y), thick / 2, fill=fill)
+    overlay = double.reduce(2)
+    photo.paste(overlay, mask=overlay)
+
+
+def _draw_dot(
+    photo: Image.Image, x: float, y: float, radius: float, color: tuple[int, int, int]
+) -> None:
+    """A filled circle with a white ring, smooth-edged."""
+    size = math.ceil(radius) * 2 + 6
+    left, top = math.floor(x - size / 2), math.floor(y - size / 2)
+    dot = Image.new("RGBA", (4 * size, 4 * size), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(dot)
+    center = (4 * (x - left), 4 * (y - top))
+    draw.circle(center, 4 * (radius + 2), fill="white")
+    draw.circle(center, 4 * radius, fill=color)
+    dot = dot.reduce(4)
+    photo.paste(dot, (left, top), mask=dot)
+
+
+def _draw_stops(
+    photo: Image.Image, trail: Sequence[Knot], stops: dict[int, int], count: int
+) -> None:
+    radius = max(9.0, max(photo.size) / 78)
+    font = ImageFont.load_default(radius * 1.2)
+    for word, x, y in reversed(trail):  # the first stops lie on top
+        _draw_dot(photo, x, y, radius, word_color(word, count))
+        label = str(stops[word])
+        ImageDraw.Draw(photo).text((x, y), label, fill=INK, font=font, anchor="mm")
+
+
+def _draw_word(photo: Image.Image, word: dict[str, Any], color: tuple[int, int, int]) -> None:
+    """The box and the point of the word being spoken."""
+    if word["box"] is not None:
+        scale = (*photo.size, *photo.size)
+        x0, y0, x1, y1 = (
+            min(max(v, 0), 1) * (s - 1) for v, s in zip(word["box"], scale, strict=True)
+        )
+        if x1 >= x0 and y1 >= y0:
+            draw = ImageDraw.Draw(photo)
+            draw.rounded_rectangle((x0, y0, x1, y1), 6, outline="white", width=4)
+            draw.rounded_rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), 5, outline=color, width=2)
+    for knot in knots([word], *photo.size):
+        _draw_dot(photo, knot.x, knot.y, max(6.0, max(photo.size) / 70), color)
+
+
+def _panel(
+    caption: dict[str, Any],
+    width: int,
+    stops: dict[int, int] | None = None,
+    said: float = math.inf,
+    active: int | None = None,
+) -> Image.Image:
+    """The caption as a strip of `width` pixels, every word over a line of its colour."""
+    size = max(15, width // 42)
+    font, small = ImageFont.load_default(size), ImageFont.load_default(size * 0.66)
+    margin, leading = round(size * 1.1), round(size * 1.75)
+    panel = Image.new("RGB", (width, 200 * leading), PAPER)
+    draw = ImageDraw.Draw(panel)
+    words, (gaps, tail) = caption["words"], text_between(caption)
+    x, y = margin, margin
+    for index, (word, gap) in enumerate(zip(words, gaps, strict=True)):
+        number = str((stops or {}).get(index, ""))
+        label = small.getlength(number) + size * 0.25 if number else 0
+        after = (gaps[index + 1] if index + 1 < len(words) else tail).rstrip()
+        length = font.getlength(word["text"])
+        x += font.getlength(gap if x > margin else gap.lstrip())
+        if x > margin and x + label + length + font.getlength(after) > width - margin:
+            x, y = margin, y + leading
+        color = word_color(index, len(words))
+        draw.text((x, y - size * 0.1), number, fill=INK, font=small)
+        x += label
+        spoken = index < said
+        if index == active:
+            box = (x - 3, y - size * 0.12, x + length + 3, y + size * 1.32)
+            draw.rounded_rectangle(box, size / 4, fill=color)
+        elif word["point"] is not None and spoken:
+            draw.rectangle((x, y + size * 1.25, x + length, y + size * 1.25 + size // 9), color)
+        draw.text((x, y), word["text"], fill=INK if spoken else FADED, font=font)
+        x += length
+    draw.text((x, y), tail, fill=INK if len(words) <= said else FADED, font=font)
+    return panel.crop((0, 0, width, y + leading + margin // 2))
+
+
+def _mount(photo: Image.Image, panel: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", (photo.width, photo.height + panel.height), PAPER)
+    sheet.paste(photo)
+    sheet.paste(panel, (0, photo.height))
+    return sheet
+
+
+def _gif_palette(photo: Image.Image) -> Image.Image:
+    """200 colours of the photo, and those of the trail and the text."""
+    colors = photo.quantize(200).getpalette()[: 3 * 200]
+    for k in range(32):
+        colors += trail_color(k / 31)
+    for k in range(16):
+        colors += [round(p + (i - p) * k / 15) for p, i in zip(PAPER, INK, strict=True)]
+    colors += [255, 255, 255]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors)
+    return palette
