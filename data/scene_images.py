@@ -1,35 +1,23 @@
-"""Procedural scenes: what lies where in a scene, and the picture of it.
+"""Pictures of procedural scenes.
 
-A scene is planned first (`plan_scene`: kinds, colours, sizes and places, none of which depends
-on another) and drawn after (`draw_scene`), so that narrations, regions and referring
-expressions can be made from the same description. Objects are polygons drawn four times too
-large and averaged down; backgrounds are crops of textures that are computed once per process.
+Objects are polygons, drawn four times too large and averaged down, with a thin dark outline and
+a soft shadow, so that every colour shows on every background. Backgrounds are crops of textures
+that are computed once per process.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (222, 32, 38),
-    "orange": (250, 132, 10),
-    "yellow": (252, 222, 34),
-    "green": (30, 158, 62),
-    "blue": (36, 92, 222),
-    "purple": (132, 50, 188),
-    "pink": (255, 140, 196),
-    "white": (250, 250, 250),
-    "black": (34, 34, 38),
-    "brown": (122, 72, 34),
-}
-SIZES = ("small", "medium", "large")
+from data.scene_worlds import BACKGROUNDS, COLOURS, Scene, SceneObject
+
 SCALE = 4  # supersampling of objects
-OUTLINE = 0.035  # width of the dark outline, as a share of the object's side
+OUTLINE = 0.018  # width of the dark outline, as a share of the object's side
+SHADOW = 0.3  # how much darker the shadow is
 TILE = 512  # side of a texture in pixels
 
 Colour = tuple[int, int, int]
@@ -71,6 +59,13 @@ def _star() -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
 
 
+def _canopy(radius: float, scallops: int) -> np.ndarray:
+    """The top of an umbrella with arcs cut out of its lower edge, from right to left."""
+    step = radius / scallops
+    cuts = [_arc(radius - step * n, 0.05, step, 0.13, 0, -180) for n in range(1, 2 * scallops, 2)]
+    return np.concatenate([_arc(0, 0.05, radius, 0.92, 180, 360), *cuts])
+
+
 def _petals(count: int, radius: float, petal: float) -> Shape:
     angles = np.radians(np.arange(count) * 360 / count - 90)
     return tuple(
@@ -82,7 +77,7 @@ def _petals(count: int, radius: float, petal: float) -> Shape:
 SHAPES: dict[str, Shape] = {
     "car": (
         ("body", _polygon((-0.6, 0), (-0.35, -0.48), (0.3, -0.48), (0.66, 0))),
-        ("body", _polygon((-1, 0.02), (-0.92, -0.06), (0.9, -0.06), (1, 0.1), (1, 0.42), (-1, 0.42))),
+        ("body", _polygon((-1, 0), (-0.92, -0.06), (0.9, -0.06), (1, 0.1), (1, 0.42), (-1, 0.42))),
         ("glass", _polygon((-0.42, -0.06), (-0.26, -0.36), (-0.04, -0.36), (-0.04, -0.06))),
         ("glass", _polygon((0.08, -0.06), (0.08, -0.36), (0.24, -0.36), (0.47, -0.06))),
         ("trim", _arc(-0.52, 0.42, 0.26, 0.26)),
@@ -131,13 +126,12 @@ SHAPES: dict[str, Shape] = {
     "umbrella": (
         ("trim", _rectangle(-0.05, -0.98, 0.05, 0.8)),
         ("trim", _ring(0.17, 0.76, 0.23, 0.13, 0, 180)),
-        ("body", np.concatenate([_arc(0, 0.05, 1, 0.92, 180, 360)] + [
-            _arc(x, 0.05, 0.25, 0.13, 0, -180) for x in (0.75, 0.25, -0.25, -0.75)])),
-        ("dark", np.concatenate([_arc(0, 0.05, 0.5, 0.92, 180, 360), _arc(0.25, 0.05, 0.25, 0.13, 0, -180),
-                                 _arc(-0.25, 0.05, 0.25, 0.13, 0, -180)])),
+        ("body", _canopy(1, 4)),
+        ("dark", _canopy(0.5, 2)),
     ),
     "mushroom": (
-        ("cream", _polygon((-0.24, 0), (0.24, 0), (0.34, 0.82), (0.2, 0.92), (-0.2, 0.92), (-0.34, 0.82))),
+        ("cream", _polygon((-0.24, 0), (0.24, 0), (0.34, 0.82), (0.2, 0.92), (-0.2, 0.92),
+                           (-0.34, 0.82))),
         ("body", _arc(0, 0.12, 1, 0.94, 180, 360)),
         ("cream", _arc(-0.5, -0.22, 0.15, 0.14)),
         ("cream", _arc(0.05, -0.48, 0.18, 0.15)),
@@ -145,7 +139,8 @@ SHAPES: dict[str, Shape] = {
     ),
     "plane": (
         ("dark", _polygon((0, -0.25), (1, 0.25), (1, 0.46), (0, 0.22), (-1, 0.46), (-1, 0.25))),
-        ("dark", _polygon((0, 0.58), (0.42, 0.84), (0.42, 0.98), (0, 0.86), (-0.42, 0.98), (-0.42, 0.84))),
+        ("dark", _polygon((0, 0.55), (0.42, 0.84), (0.42, 0.98), (0, 0.86), (-0.42, 0.98),
+                          (-0.42, 0.84))),
         ("body", _arc(0, 0, 0.19, 1)),
         ("glass", _arc(0, -0.68, 0.1, 0.13)),
     ),
@@ -155,13 +150,15 @@ SHAPES: dict[str, Shape] = {
         ("body", _rectangle(0.8, 0.08, 0.98, 0.4)),
         ("body", _ring(-0.5, 0, 0.5, 0.22, 0, 360)),
     ),
-    "moon": (("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310), _arc(0.42, 0, 0.8, 0.78, 282, 78)])),),
+    "moon": (
+        ("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310), _arc(0.42, 0, 0.8, 0.78, 282, 78)])),
+    ),
     "chair": (
-        ("dark", _rectangle(-0.42, 0.2, -0.27, 1)),
-        ("dark", _rectangle(0.38, 0.2, 0.53, 1)),
-        ("body", _polygon((-0.72, -1), (-0.5, -1), (-0.46, 1), (-0.68, 1))),
-        ("body", _rectangle(-0.66, 0.02, 0.72, 0.26)),
-        ("body", _rectangle(0.5, 0.2, 0.7, 1)),
+        ("dark", _rectangle(-0.42, 0.2, -0.24, 1)),
+        ("dark", _rectangle(0.3, 0.2, 0.48, 1)),
+        ("body", _polygon((-0.82, -1), (-0.56, -1), (-0.48, 1), (-0.74, 1))),
+        ("body", _rectangle(-0.7, -0.04, 0.78, 0.28)),
+        ("body", _rectangle(0.52, 0.2, 0.78, 1)),
     ),
     "bottle": (
         ("body", _polygon((-0.15, -0.8), (0.15, -0.8), (0.17, -0.4), (0.42, -0.1), (0.42, 0.92),
@@ -169,7 +166,11 @@ SHAPES: dict[str, Shape] = {
         ("trim", _rectangle(-0.2, -1, 0.2, -0.76)),
         ("cream", _rectangle(-0.42, 0.12, 0.42, 0.62)),
     ),
-    "flower": _petals(6, 0.6, 0.36) + (("cream", _arc(0, 0, 0.34, 0.34)), ("dark", _arc(0, 0, 0.2, 0.2))),
+    "flower": (
+        *_petals(6, 0.6, 0.36),
+        ("cream", _arc(0, 0, 0.34, 0.34)),
+        ("dark", _arc(0, 0, 0.2, 0.2)),
+    ),
     "butterfly": (
         ("body", _arc(-0.52, -0.34, 0.48, 0.44)),
         ("body", _arc(0.52, -0.34, 0.48, 0.44)),
@@ -197,227 +198,98 @@ SHAPES: dict[str, Shape] = {
     "bell": (
         ("trim", _arc(0, 0.82, 0.2, 0.18)),
         ("trim", _ring(0, -0.86, 0.16, 0.07, 0, 360)),
-        ("body", np.concatenate([_arc(0, -0.22, 0.5, 0.56, 180, 360),
-                                 _polygon((0.56, 0.3), (0.86, 0.72), (-0.86, 0.72), (-0.56, 0.3))])),
+        ("body", np.concatenate([
+            _arc(0, -0.22, 0.5, 0.56, 180, 360),
+            _polygon((0.56, 0.3), (0.86, 0.72), (-0.86, 0.72), (-0.56, 0.3)),
+        ])),
         ("dark", _rectangle(-0.86, 0.6, 0.86, 0.76)),
     ),
 }  # fmt: skip
-KINDS = tuple(SHAPES)
-BACKGROUNDS = ("grass", "sand", "water", "bricks", "wood", "sky", "stone", "tiles")
 
 
-@dataclass(frozen=True)
-class World:
-    """What scenes look like.
-
-    Args:
-        image_size: H and W in pixels, or one number for a square.
-        objects: smallest and largest number of objects in a scene.
-        min_size, max_size: the longer side of an object, as a share of the image's shorter side.
-        max_overlap: how much of the smaller of two objects' squares the other may cover.
-        center_gap: smallest distance of two centres in x, as a share of the width; less where
-            that many objects need it.
-        kinds, colours: how many of the known ones are used.
-        held_out: share of colour-kind pairs that training never shows together.
-        rotation: largest angle in degrees.
-    """
-
-    image_size: tuple[int, ...] = (160,)
-    objects: tuple[int, int] = (2, 3)
-    min_size: float = 0.25
-    max_size: float = 0.45
-    max_overlap: float = 0.15
-    center_gap: float = 0.08
-    kinds: int = 16
-    colours: int = 8
-    held_out: float = 0.1
-    rotation: float = 12.0
-
-    def __post_init__(self) -> None:
-        if len(self.image_size) not in (1, 2) or min(self.image_size) < 32:
-            raise ValueError(
-                f"image_size must be one or two numbers from 32 on, not {self.image_size}"
-            )
-        if not 1 <= self.objects[0] <= self.objects[1]:
-            raise ValueError(f"objects must be two rising numbers from 1 on, not {self.objects}")
-        if not 0.05 <= self.min_size <= self.max_size <= 0.9:
-            raise ValueError(
-                f"sizes must rise within [0.05, 0.9], not {self.min_size} to {self.max_size}"
-            )
-        if not 0 <= self.max_overlap <= 1 or not 0 <= self.center_gap < 1:
-            raise ValueError(
-                f"max_overlap {self.max_overlap} and center_gap {self.center_gap} must be in [0, 1)"
-            )
-        if not 1 <= self.kinds <= len(KINDS) or not 1 <= self.colours <= len(COLOURS):
-            raise ValueError(
-                f"there are {len(KINDS)} kinds and {len(COLOURS)} colours, "
-                f"not {self.kinds} and {self.colours}"
-            )
-        if not 0 <= self.held_out <= 0.5 or not 0 <= self.rotation <= 180:
-            raise ValueError(
-                f"held_out {self.held_out} must be in [0, 0.5], rotation {self.rotation} in [0, 180]"
-            )
-        if self.objects[1] > len(self.pairs()[0]):
-            raise ValueError(
-                f"{self.objects[1]} objects, but {len(self.pairs()[0])} colour-kind pairs"
-            )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        return (self.image_size[0], self.image_size[-1])
-
-    def pairs(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """(colour, kind) pairs of training and those held out.
-
-        The held-out ones are the same for every seed and spread evenly over kinds and colours.
-        """
-        colours, kinds = list(COLOURS)[: self.colours], KINDS[: self.kinds]
-        rounds = [
-            (colours[(k * 3 + k // len(colours) + turn * 5) % len(colours)], kind)
-            for turn in range(len(colours))
-            for k, kind in enumerate(kinds)
-        ]
-        held_out = rounds[: round(self.held_out * len(colours) * len(kinds))]
-        every = [(colour, kind) for kind in kinds for colour in colours]
-        return [pair for pair in every if pair not in held_out], sorted(set(held_out))
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object: `center` (x, y) in [0, 1] of the image, `side_px` of its square in pixels."""
-
-    kind: str
-    colour: str
-    size: str
-    center: tuple[float, float]
-    side_px: float
-    held_out: bool = False
-
-
-@dataclass(frozen=True)
-class Scene:
-    """`objects` from the farthest to the nearest; `size` is (H, W) in pixels."""
-
-    size: tuple[int, int]
-    background: str
-    objects: tuple[SceneObject, ...]
-
-
-def plan_scene(rng: Generator, world: World, with_held_out: bool = False) -> Scene:
-    """Draw a scene; `with_held_out` gives one of its objects a held-out colour-kind pair.
-
-    Raises ValueError where the world is so full that no scene of its smallest number fits.
-    """
-    count = int(rng.integers(world.objects[0], world.objects[1] + 1))
-    for attempt in range(50):
-        squares = _place_squares(rng, world, count if attempt < 10 else world.objects[0])
-        if len(squares) >= world.objects[0]:
-            break
-    else:
-        raise ValueError(
-            f"{world.objects[0]} objects of {world.min_size} to {world.max_size} do not fit; "
-            "ask for fewer or smaller ones, or a larger max_overlap"
-        )
-    trained, held_out = world.pairs()
-    chosen = rng.choice(len(trained), size=len(squares), replace=False)
-    pairs = [(*trained[index], False) for index in chosen]
-    if with_held_out and held_out:
-        pairs[rng.integers(len(pairs))] = (*held_out[rng.integers(len(held_out))], True)
-    objects = tuple(
-        SceneObject(kind, colour, size, center, side, unseen)
-        for (size, center, side), (colour, kind, unseen) in zip(squares, pairs, strict=True)
-    )
-    return Scene(world.size, str(rng.choice(BACKGROUNDS)), objects)
-
-
-def _place_squares(
-    rng: Generator, world: World, count: int
-) -> list[tuple[str, tuple[float, float], float]]:
-    """Up to `count` squares (size word, centre in [0, 1], side in pixels) that fit together."""
-    height, width = world.size
-    gap = min(world.center_gap, 0.4 / world.objects[1]) * width
-    placed: list[tuple[str, float, float, float]] = []
-    for _ in range(count):
-        for _ in range(40):
-            word, side = _draw_size(rng, world)
-            x, y = rng.uniform(side / 2, width - side / 2), rng.uniform(side / 2, height - side / 2)
-            if all(
-                abs(x - x2) >= gap and _overlap(x - x2, y - y2, side, side2) <= world.max_overlap
-                for _, x2, y2, side2 in placed
-            ):
-                placed.append((word, x, y, side))
-                break
-    return [(word, (x / width, y / height), side) for word, x, y, side in placed]
-
-
-def _draw_size(rng: Generator, world: World) -> tuple[str, float]:
-    """A size word and a side in pixels; the words' ranges do not touch."""
-    index = int(rng.integers(len(SIZES)))
-    share = (index + rng.uniform(0.15, 0.85)) / len(SIZES)
-    side = world.min_size + share * (world.max_size - world.min_size)
-    return SIZES[index], float(side * min(world.size))
-
-
-def _overlap(dx: float, dy: float, side: float, other: float) -> float:
-    small = min(side, other)
-    across = np.clip((side + other) / 2 - np.abs([dx, dy]), 0, small)
-    return float(across.prod() / small**2)
-
-
-def draw_scene(rng: Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw a scene.
 
     Returns:
-        uint8[H, W, 3], the picture; bool[n, H, W], the visible part of every object.
+        uint8[H, W, 3], the picture; bool[n, H, W], the visible pixels of every object; float[n],
+        the share of every object's pixels that is visible.
     """
     height, width = scene.size
-    canvas = Image.fromarray(draw_background(rng, scene.background, scene.size))
+    picture = draw_background(rng, scene.background, scene.size)  # float32 until the end
     masks = np.zeros((len(scene.objects), height, width), dtype=bool)
+    areas = np.zeros(len(scene.objects))
     for index, thing in enumerate(scene.objects):
-        patch, left, top = _draw_object(rng, thing, scene.size)
-        canvas.paste(patch, (left, top), patch)
-        cover = Image.new("L", (width, height))
-        cover.paste(patch.getchannel("A"), (left, top))
-        covered = np.asarray(cover) > 127
-        masks[:index] &= ~covered
-        masks[index] = covered
-    return np.asarray(canvas), masks
+        colour, cover, top, left = _draw_object(rng, thing, scene)
+        rows, columns = _clip(top, cover.shape[0], height), _clip(left, cover.shape[1], width)
+        inside = (
+            slice(rows.start - top, rows.stop - top),
+            slice(columns.start - left, columns.stop - left),
+        )
+        shadow = np.zeros_like(cover)
+        shift = max(1, round(0.03 * thing.side_px))
+        shadow[shift:, shift:] = SHADOW * cover[:-shift, :-shift]
+        region = picture[rows, columns]
+        region *= 1 - shadow[inside][..., None]
+        region += (colour[inside] - region) * cover[inside][..., None]
+        masks[:index, rows, columns] &= cover[inside] < 0.5
+        masks[index, rows, columns] = cover[inside] >= 0.5
+        areas[index] = masks[index].sum()
+    visible = masks.sum(axis=(1, 2)) / areas.clip(min=1)
+    return picture.clip(0, 255).astype(np.uint8), masks, visible
+
+
+def _clip(start: int, length: int, limit: int) -> slice:
+    return slice(max(0, start), min(limit, start + length))
 
 
 def _draw_object(
-    rng: Generator, thing: SceneObject, size: tuple[int, int]
-) -> tuple[Image.Image, int, int]:
-    """The object as an RGBA picture, and the pixel of the scene its top-left corner goes to."""
-    height, width = size
+    rng: Generator, thing: SceneObject, scene: Scene
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """A patch: float32[h, w, 3] colour, float32[h, w] cover in [0, 1], and its top and left."""
+    height, width = scene.size
     half = thing.side_px / 2
     x, y = thing.center[0] * width, thing.center[1] * height
-    left, top = int(np.floor(x - half)) - 2, int(np.floor(y - half)) - 2
-    side = int(np.ceil(thing.side_px)) + 5
-    parts = _posed(rng, SHAPES[thing.kind], half - 1, x - left, y - top)
+    outline = max(1, round(OUTLINE * thing.side_px))
+    margin = outline + max(1, round(0.03 * thing.side_px)) + 1
+    left, top = int(np.floor(x - half)) - margin, int(np.floor(y - half)) - margin
+    side = int(np.ceil(thing.side_px)) + 2 * margin + 1
+    parts = _posed(rng, thing, half - outline, (x - left, y - top))
     tones = _tones(rng, COLOURS[thing.colour])
     patch = Image.new("RGBA", (side * SCALE, side * SCALE), (*tones["outline"], 0))
     draw = ImageDraw.Draw(patch)
-    line = max(2, round(OUTLINE * thing.side_px * SCALE))
-    closed = [[tuple(p) for p in (points * SCALE)] for _, points in parts]
-    for corners in closed:
-        draw.line([*corners, corners[0], corners[1]], tones["outline"], line, joint="curve")
-    for (tone, _), corners in zip(parts, closed, strict=True):
-        draw.polygon(corners, tones[tone])
-    return patch.reduce(SCALE), left, top
+    for tone, points in parts:
+        draw.polygon((points * SCALE).ravel().tolist(), tones[tone])
+    pixels = np.asarray(patch.reduce(SCALE), dtype=np.float32)
+    shade = np.linspace(1.07, 0.93, side, dtype=np.float32)[:, None, None]
+    return pixels[..., :3] * shade, _widened(pixels[..., 3] / 255, outline), top, left
+
+
+def _widened(cover: np.ndarray, pixels: int) -> np.ndarray:
+    """Grow a shape by so many pixels; octagons pass for discs at this size."""
+    for step in range(pixels):
+        grown = cover.copy()
+        np.maximum(grown[1:], cover[:-1], out=grown[1:])
+        np.maximum(grown[:-1], cover[1:], out=grown[:-1])
+        across = grown if step % 2 else cover
+        wider = grown.copy()
+        np.maximum(wider[:, 1:], across[:, :-1], out=wider[:, 1:])
+        np.maximum(wider[:, :-1], across[:, 1:], out=wider[:, :-1])
+        cover = wider
+    return cover
 
 
 def _posed(
-    rng: Generator, shape: Shape, half: float, x: float, y: float, rotation: float = 12.0
+    rng: Generator, thing: SceneObject, half: float, center: tuple[float, float]
 ) -> list[tuple[str, np.ndarray]]:
-    """The shape turned, mirrored and stretched a little, then fitted into a square around x, y."""
+    """The kind's shape turned, mirrored and stretched a little, fitted into a square, in pixels."""
+    shape = SHAPES[thing.kind]
     points = np.concatenate([part for _, part in shape])
     stretch = np.array([rng.uniform(0.9, 1.1) * rng.choice((-1, 1)), 1.0])
-    angle = np.radians(rng.uniform(-rotation, rotation))
+    angle = np.radians(thing.angle)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     points = (points * stretch) @ turn
     low, high = points.min(axis=0), points.max(axis=0)
-    points = (points - (low + high) / 2) * (2 * half / (high - low).max()) + (x, y)
+    points = (points - (low + high) / 2) * (2 * half / (high - low).max()) + center
     ends = np.cumsum([len(part) for _, part in shape])[:-1]
     return [(tone, part) for (tone, _), part in zip(shape, np.split(points, ends), strict=True)]
 
@@ -436,99 +308,97 @@ def _tones(rng: Generator, colour: Colour) -> dict[str, Colour]:
     }
 
 
-def _mix(colour: np.ndarray, other: Colour, share: float) -> Colour:
+def _mix(colour: np.ndarray, other: Colour | np.ndarray, share: float) -> Colour:
     mixed = np.asarray(colour) * (1 - share) + np.asarray(other) * share
     return tuple(int(value) for value in mixed)
 
 
 def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndarray:
-    """A crop of a texture with its own tint and light, uint8[H, W, 3]."""
+    """A crop of a texture with its own tint and light, float32[H, W, 3] in about 0..255."""
     height, width = size
     rows = (rng.integers(TILE) + np.arange(height)) % TILE
     columns = (rng.integers(TILE) + np.arange(width)) % TILE
-    crop = _texture(name)[rows[:, None], columns]
-    slope = rng.uniform(-0.12, 0.12, size=2)
-    light = (
-        rng.uniform(0.92, 1.06)
-        + slope[0] * np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-        + slope[1] * np.linspace(-1, 1, width, dtype=np.float32)
+    crop = _texture(name)[rows].take(columns, axis=1)
+    down, across = rng.uniform(-0.12, 0.12, size=2)
+    light = rng.uniform(0.92, 1.06) + (
+        down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
     )
-    tint = rng.uniform(0.95, 1.05, size=3).astype(np.float32)
-    return np.clip(crop * (light[..., None].astype(np.float32) * tint), 0, 255).astype(np.uint8)
+    crop *= light[..., None].astype(np.float32)
+    crop *= rng.uniform(0.95, 1.05, size=3).astype(np.float32)
+    return crop
 
 
 @functools.cache
 def _texture(name: str) -> np.ndarray:
-    """float32[TILE, TILE, 3] in 0..255, periodic."""
+    """float32[TILE, TILE, 3] in about 0..255, periodic."""
     rng = np.random.default_rng(BACKGROUNDS.index(name))
-    rows, columns = np.mgrid[0:TILE, 0:TILE].astype(np.float32)
-    base, height = _RELIEFS[name](rng, rows, columns)
-    return np.asarray(base, dtype=np.float32) * (1 + height[..., None]).astype(np.float32)
+    rows, columns = np.mgrid[:TILE, :TILE]
+    base, relief = TEXTURES[name]
+    return np.float32(base) * (1 + relief(rng, rows, columns))[..., None].astype(np.float32)
 
 
-def _noise(rng: Generator, fine_y: float, fine_x: float) -> np.ndarray:
-    """Periodic smooth noise of unit variance, with wavelengths of about so many pixels."""
+def _noise(rng: Generator, tall: float, wide: float) -> np.ndarray:
+    """Periodic smooth noise of unit variance, with spots of about so many pixels."""
     spectrum = np.fft.rfft2(rng.standard_normal((TILE, TILE)))
-    fy, fx = np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)
-    smooth = np.fft.irfft2(spectrum * np.exp(-((fy * fine_y) ** 2 + (fx * fine_x) ** 2) * 2))
+    down, across = np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)
+    smooth = np.fft.irfft2(spectrum * np.exp(-2 * ((down * tall) ** 2 + (across * wide) ** 2)))
     return smooth / smooth.std()
 
 
-def _grass(rng, rows, columns):
-    return (128, 152, 104), 0.1 * _noise(rng, 9, 2) + 0.06 * _noise(rng, 40, 40)
+def _waves(count: int, positions: np.ndarray, bends: np.ndarray) -> np.ndarray:
+    return np.sin(positions * (2 * np.pi * count / TILE) + bends)
 
 
-def _sand(rng, rows, columns):
-    ripple = np.sin(rows * (2 * np.pi * 32 / TILE) + 2.2 * _noise(rng, 60, 60))
-    return (212, 194, 158), 0.04 * _noise(rng, 1.5, 1.5) + 0.035 * ripple
+def _shades(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """A shade of its own for every plank, brick or tile, by its row and column."""
+    return rng.normal(0, 0.055, (TILE, TILE))[rows, columns]
 
 
-def _water(rng, rows, columns):
-    wave = np.sin(rows * (2 * np.pi * 40 / TILE) + 2.6 * _noise(rng, 30, 50))
-    return (128, 166, 186), 0.07 * wave + 0.05 * _noise(rng, 6, 24)
+def _grass(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return 0.1 * _noise(rng, 9, 2) + 0.06 * _noise(rng, 40, 40)
 
 
-def _bricks(rng, rows, columns):
-    row = rows // 16
-    shifted = (columns + 16 * (row % 2)) % TILE
-    shade = rng.normal(0, 0.06, (TILE // 16, TILE // 32))[
-        row.astype(int), (shifted // 32).astype(int)
-    ]
+def _sand(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return 0.04 * _noise(rng, 1.5, 1.5) + 0.035 * _waves(32, rows, 2.2 * _noise(rng, 60, 60))
+
+
+def _water(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return 0.07 * _waves(40, rows, 2.6 * _noise(rng, 30, 50)) + 0.05 * _noise(rng, 6, 24)
+
+
+def _bricks(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    shifted = (columns + 16 * (rows // 16 % 2)) % TILE
     mortar = (rows % 16 < 2) | (shifted % 32 < 2)
-    return (172, 138, 120), np.where(mortar, 0.22, shade) + 0.03 * _noise(rng, 2, 2)
+    shades = _shades(rng, rows // 16, shifted // 32)
+    return np.where(mortar, 0.22, shades) + 0.03 * _noise(rng, 2, 2)
 
 
-def _wood(rng, rows, columns):
-    plank = (rows // 32).astype(int)
-    shade = rng.normal(0, 0.05, TILE // 32)[plank]
-    grain = np.sin(rows * (2 * np.pi * 96 / TILE) + 3 * _noise(rng, 14, 90))
-    return (178, 144, 108), np.where(rows % 32 < 1.5, -0.3, shade + 0.05 * grain) + 0.02 * _noise(
-        rng, 1.5, 8
-    )
+def _wood(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    grain = 0.05 * _waves(96, rows, 3 * _noise(rng, 14, 90)) + 0.02 * _noise(rng, 1.5, 8)
+    return np.where(rows % 32 < 2, -0.3, _shades(rng, rows // 32, 0 * columns)) + grain
 
 
-def _sky(rng, rows, columns):
-    cloud = np.clip(_noise(rng, 45, 80) + 0.4 * _noise(rng, 12, 18), 0, 1.6)
-    return (164, 192, 216), 0.16 * cloud
+def _sky(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return 0.16 * (_noise(rng, 45, 80) + 0.4 * _noise(rng, 12, 18)).clip(0, 1.6)
 
 
-def _stone(rng, rows, columns):
-    return (150, 148, 146), 0.07 * _noise(rng, 5, 5) + 0.09 * np.tanh(2 * _noise(rng, 30, 30))
+def _stone(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return 0.07 * _noise(rng, 5, 5) + 0.09 * np.tanh(2 * _noise(rng, 30, 30))
 
 
-def _tiles(rng, rows, columns):
-    shade = rng.normal(0, 0.05, (16, 16))[(rows // 32).astype(int), (columns // 32).astype(int)]
+def _tiles(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     grout = (rows % 32 < 2) | (columns % 32 < 2)
-    return (188, 194, 196), np.where(grout, -0.22, shade) + 0.015 * _noise(rng, 3, 3)
+    shades = _shades(rng, rows // 32, columns // 32)
+    return np.where(grout, -0.22, shades) + 0.015 * _noise(rng, 3, 3)
 
 
-_RELIEFS = {
-    "grass": _grass,
-    "sand": _sand,
-    "water": _water,
-    "bricks": _bricks,
-    "wood": _wood,
-    "sky": _sky,
-    "stone": _stone,
-    "tiles": _tiles,
+TEXTURES = {  # colour and relief
+    "grass": ((128, 152, 104), _grass),
+    "sand": ((212, 194, 158), _sand),
+    "water": ((128, 166, 186), _water),
+    "bricks": ((172, 138, 120), _bricks),
+    "wood": ((178, 144, 108), _wood),
+    "sky": ((164, 192, 216), _sky),
+    "stone": ((150, 148, 146), _stone),
+    "tiles": ((188, 194, 196), _tiles),
 }

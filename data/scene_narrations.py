@@ -9,30 +9,32 @@ word groups, pauses, pen-up stretches, points outside the image.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.random import Generator
 
-from data.scene_images import COLOURS, KINDS, Scene, SceneObject
+from data.scene_worlds import COLOURS, KINDS, Scene, SceneObject
 
 Order = Literal["left-to-right", "size", "random"]
 Verbosity = Literal["short", "long"]
+Target = int | Literal["background"] | None  # an object's index, the background, no place
 
 OPENINGS = (
     "In this image I can see", "In this picture I can see", "In this image there is",
-    "In this picture there is", "In this image we can see", "Here we can see", "I can see",
-    "There is", "This image shows",
+    "In this picture there is", "In this image we can see", "Here we can see", "Here I see",
+    "I can see", "There is", "This image shows", "This picture shows", "This is an image of",
 )  # fmt: skip
 CONNECTORS = (
-    ", and", " and", ", and there is", ", then there is", ", then I can see", ", there is also",
-    " and then", ". There is also", ". I can also see", ". Then we can see",
+    ", and", " and", " and also", ", and there is", ", then there is", ", then I can see",
+    ", there is also", " and then", ". There is also", ". I can also see", ". Then we can see",
+    ". I also see",
 )  # fmt: skip
 RELATED = (", {} there is", ", and {} there is", ", {} we can see", ", and {}", ". {} there is")
 CLOSINGS = (
     ". In the background there is {}.", ". In the background I can see {}.",
-    ". The background is {}.", ", and behind there is {}.",
+    ". The background is {}.", ". Behind there is {}.", ", in front of {}.",
 )  # fmt: skip
 BACKDROPS = {
     "grass": "grass",
@@ -45,8 +47,9 @@ BACKDROPS = {
     "tiles": "a tiled floor",
 }
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
-FILLERS = ("um", "uh", "okay", "so")
+FILLERS = ("um", "uh", "well", "maybe")
 RATE = 60  # points per second while the hand moves
+WHOLE = np.array([0.08, 0.08, 0.92, 0.92])  # where it sweeps for the background
 
 _MENTION = re.compile(rf"\b({'|'.join(COLOURS)})\s+({'|'.join(KINDS)})\b", re.IGNORECASE)
 
@@ -58,10 +61,10 @@ def object_mentions(caption: str) -> list[tuple[int, int, str, str]]:
 
 @dataclass(frozen=True)
 class Word:
-    """A spoken word; `target` is an object's index, "background", or None for no place."""
+    """A spoken word, what it is about, and its seconds."""
 
     text: str
-    target: int | str | None = None
+    target: Target = None
     start: float = 0.0
     end: float = 0.0
 
@@ -109,18 +112,18 @@ def _described(
 ) -> list[Word]:
     """The words of the narration with their targets, punctuation attached, without times."""
     long = verbosity == "long"
-    text: list[tuple[str, int | str | None]] = [(_pick(rng, OPENINGS), None)]
+    text: list[tuple[str, Target]] = [(_pick(rng, OPENINGS), None)]
     for position, index in enumerate(indices):
         thing = scene.objects[index]
         if position:
             before = scene.objects[indices[position - 1]]
-            text.append((_connector(rng, before, thing), None))
-        if rng.random() < (0.15 if long else 0.06):
+            text.append((_connector(rng, scene, before, thing), None))
+        if position and rng.random() < (0.15 if long else 0.06):
             text.append((_pick(rng, FILLERS), None))
-        text.append((_noun_phrase(rng, thing, 0.9 if long else 0.4), index))
-        if rng.random() < (0.5 if long else 0.2):
+        text.append((_noun_phrase(rng, thing, 0.9 if long else 0.35), index))
+        if rng.random() < (0.5 if long else 0.12):
             text.append((_place(thing), index))
-    if rng.random() < (0.9 if long else 0.5):
+    if rng.random() < (0.9 if long else 0.3):
         opening, _, end = _pick(rng, CLOSINGS).partition(" {}")
         text += [(opening, None), (BACKDROPS[scene.background] + end, "background")]
     else:
@@ -128,16 +131,15 @@ def _described(
     return _attach(text)
 
 
-def _attach(text: list[tuple[str, int | str | None]]) -> list[Word]:
-    """Split into words; punctuation at the start of a part belongs to the word before it."""
+def _attach(text: list[tuple[str, Target]]) -> list[Word]:
+    """Split into words; a mark that opens a part belongs to the word before it."""
     words: list[Word] = []
     for part, target in text:
-        for token in part.split():
-            mark = token if token in {",", "."} else ""
-            if token[0] in ",.":
-                words[-1] = Word(words[-1].text + token[0], words[-1].target)
-                continue
-            words.append(Word(token + mark, target))
+        if part[0] in ",.":
+            words[-1] = replace(words[-1], text=words[-1].text + part[0])
+        for token in part.lstrip(",.").split():
+            opens = not words or words[-1].text[-1] == "."
+            words.append(Word(token[0].upper() + token[1:] if opens else token, target))
     return words
 
 
@@ -152,21 +154,20 @@ def _noun_phrase(rng: Generator, thing: SceneObject, with_size: float) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _connector(rng: Generator, before: SceneObject, thing: SceneObject) -> str:
-    relation = _relation(rng, before, thing)
-    if relation is None or rng.random() < 0.5:
+def _connector(rng: Generator, scene: Scene, before: SceneObject, thing: SceneObject) -> str:
+    relation = _relation(rng, scene, before, thing)
+    if relation is None or rng.random() < 0.6:
         return _pick(rng, CONNECTORS)
-    phrase = _pick(rng, RELATED)
-    filled = phrase.format(relation.capitalize() if phrase[0] == "." else relation)
-    return ". " + filled[2:] if phrase[0] == "." else filled
+    return _pick(rng, RELATED).format(relation)
 
 
-def _relation(rng: Generator, before: SceneObject, thing: SceneObject) -> str | None:
+def _relation(rng: Generator, scene: Scene, before: SceneObject, thing: SceneObject) -> str | None:
     """Where `thing` is, seen from `before`; None where no short word for it is true."""
     dx, dy = (thing.center[axis] - before.center[axis] for axis in (0, 1))
     if abs(dy) > 0.2 and abs(dy) > abs(dx):
         return _pick(rng, ("below it", "under it") if dy > 0 else ("above it",))
-    if abs(dy) < 0.15 and abs(dx) < 0.5 and rng.random() < 0.5:
+    between = abs(dx) - (thing.side_px + before.side_px) / 2 / scene.size[1]
+    if abs(dy) < 0.15 and between < 0.15 and rng.random() < 0.5:
         return _pick(rng, ("next to it", "beside it"))
     if abs(dx) > 0.2 and abs(dx) > abs(dy):
         return "to the right of it" if dx > 0 else "to the left of it"
@@ -224,11 +225,12 @@ def _utterances(rng: Generator, words: list[Word]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Visit:
-    """The hand stays over `box` from `start` to `end` seconds."""
+    """The hand circles over `box`, xyxy, so many times a second, from `start` to `end` seconds."""
 
     start: float
     end: float
-    box: np.ndarray  # (4,) xyxy
+    box: np.ndarray
+    loops: float
 
 
 def _visits(rng: Generator, words: list[Word], boxes: np.ndarray) -> list[_Visit]:
@@ -236,89 +238,82 @@ def _visits(rng: Generator, words: list[Word], boxes: np.ndarray) -> list[_Visit
     visits: list[_Visit] = []
     previous = None
     for word in words:
-        delay = rng.uniform(0, 0.25)
+        late = word.end + rng.uniform(0, 0.25)
         if word.target is not None and word.target == previous:
-            visits[-1] = _Visit(visits[-1].start, word.end + delay, visits[-1].box)
+            visits[-1] = replace(visits[-1], end=late)
+        elif word.target == "background":
+            visits.append(_Visit(word.start, late, WHOLE, rng.uniform(0.5, 0.8)))
         elif word.target is not None:
-            whole = np.array([0.08, 0.08, 0.92, 0.92])
-            box = whole if word.target == "background" else boxes[word.target]
-            visits.append(_Visit(word.start + delay, word.end + delay, box))
+            begin = word.start + rng.uniform(0, 0.25)
+            visits.append(_Visit(begin, late, boxes[word.target], rng.uniform(1.7, 2.3)))
         previous = word.target
     return visits
 
 
 def _trace(rng: Generator, words: list[Word], boxes: np.ndarray) -> list[list[dict[str, float]]]:
-    """The pointer's points, one inner list per stretch in the image."""
+    """The pointer's points, one inner list per stretch without lifting."""
     visits = _visits(rng, words, boxes)
     begin = max(0.0, visits[0].start - rng.uniform(0.3, 1.0))
     times = np.arange(begin, visits[-1].end + rng.uniform(0, 0.3), 1 / RATE)
-    times = times + rng.uniform(-0.003, 0.003, size=len(times))
+    times += rng.uniform(-0.003, 0.003, size=len(times))
     path = _carrier(rng, visits, times) + _scribble(rng, visits, times)
     path += rng.normal(0, 0.0015, size=path.shape)
-    kept, new_stretch = _lifted(rng, visits, times)
-    stretches: list[list[dict[str, float]]] = [[]]
-    for t, (x, y), keep, split in zip(times, path, kept, new_stretch, strict=True):
-        if split and stretches[-1]:
-            stretches.append([])
-        if keep:
-            stretches[-1].append(
-                {"x": round(float(x), 4), "y": round(float(y), 4), "t": round(float(t), 3)}
-            )
-    return [stretch for stretch in stretches if stretch]
+    kept, lifts = _rests(rng, visits, times)
+    stretches = np.searchsorted(lifts, times)[kept]
+    values = np.column_stack([path.round(4), times.round(3)])[kept]
+    points = [{"x": x, "y": y, "t": t} for x, y, t in values.tolist()]
+    edges = [0, *np.flatnonzero(np.diff(stretches)) + 1, len(points)]
+    return [points[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _carrier(rng: Generator, visits: list[_Visit], times: np.ndarray) -> np.ndarray:
-    """Where the hand is without its circling: at a box's centre, or on the way, (T, 2)."""
-    first = rng.uniform(-0.06, 1.06, size=2)
-    stops = [(times[0], first)]
+    """Where the hand is but for its circling: near a box's centre, or on the way; float[n, 2]."""
+    stops = [(times[0], rng.uniform(-0.06, 1.06, size=2))]
     for visit in visits:
-        center = (visit.box[:2] + visit.box[2:]) / 2 + rng.normal(0, 0.008, size=2)
+        center = (visit.box[:2] + visit.box[2:]) / 2 + rng.normal(0, 0.012, size=2)
         leave = max(stops[-1][0], visit.start - rng.uniform(0.3, 0.7))
-        stops += [
-            (leave, stops[-1][1]),
-            (max(visit.start, leave + 0.15), center),
-            (visit.end, center),
-        ]
-    path = np.zeros((len(times), 2))
-    for (t0, p0), (t1, p1) in zip(stops[:-1], stops[1:], strict=True):
-        share = np.clip((times - t0) / max(t1 - t0, 1e-3), 0, 1)[:, None]
-        inside = times >= t0
-        bow = rng.normal(0, 0.12) * (p1 - p0)[::-1] * (1, -1)
-        moved = p0 + (p1 - p0) * share**2 * (3 - 2 * share) + bow * np.sin(np.pi * share)
-        path[inside] = moved[inside]
+        arrive = max(visit.start, leave + 0.15)
+        stops += [(leave, stops[-1][1]), (arrive, center), (max(arrive, visit.end), center)]
+    path = np.tile(stops[-1][1], (len(times), 1))
+    for (start, source), (end, target) in zip(stops[:-1], stops[1:], strict=True):
+        first, last = np.searchsorted(times, (start, end))
+        share = ((times[first:last] - start) / max(end - start, 1e-6))[:, None]
+        bow = rng.normal(0, 0.12) * (target - source)[::-1] * (1, -1)
+        eased = share**2 * (3 - 2 * share)
+        path[first:last] = source + (target - source) * eased + bow * np.sin(np.pi * share)
     return path
 
 
 def _scribble(rng: Generator, visits: list[_Visit], times: np.ndarray) -> np.ndarray:
-    """Loops over each box, drifting, of 0.3 to 0.5 of its half size, (T, 2)."""
+    """Drifting loops over every visited box, of 0.3 to 0.5 of its half size; float[n, 2]."""
     offset = np.zeros((len(times), 2))
     for visit in visits:
+        first, last = np.searchsorted(times, (visit.start - 0.15, visit.end + 0.15))
+        clock = times[first:last, None]
+        fade = np.minimum(clock - visit.start, visit.end - clock) / 0.15 + 1
+        loops = visit.loops * rng.choice((-1, 1)) * clock + rng.random() + (0, 0.25)
+        drift = rng.uniform(0.15, 0.35, size=2) * clock + rng.random(2)
+        circle = rng.uniform(0.3, 0.5, size=2) * np.sin(2 * np.pi * loops)
         half = (visit.box[2:] - visit.box[:2]) / 2
-        wide = half.max() > 0.4
-        loops = rng.uniform(0.5, 0.8) if wide else rng.uniform(1.7, 2.3)
-        turn = 2 * np.pi * (loops * rng.choice((-1, 1)) * (times - visit.start) + rng.random())
-        drift = 2 * np.pi * (rng.uniform(0.15, 0.35, size=2) * times[:, None] + rng.random(2))
-        circle = np.stack([np.cos(turn), np.sin(turn)], axis=-1) * rng.uniform(0.3, 0.5, size=2)
-        envelope = np.clip(np.minimum(times - visit.start, visit.end - times) / 0.15 + 1, 0, 1)
-        offset += envelope[:, None] * half * (circle + 0.1 * np.sin(drift))
+        wander = 0.15 * np.sin(2 * np.pi * drift)
+        offset[first:last] += fade.clip(0, 1) * half * (circle + wander)
     return offset
 
 
-def _lifted(
+def _rests(
     rng: Generator, visits: list[_Visit], times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which times have a point, and which begin a new stretch, both bool[T]."""
-    kept, split = np.ones(len(times), dtype=bool), np.zeros(len(times), dtype=bool)
+) -> tuple[np.ndarray, list[float]]:
+    """Which times have a point, bool[n], and when the pointer comes back after it was lifted."""
+    kept, lifts = np.ones(len(times), dtype=bool), []
     for before, after in zip(visits[:-1], visits[1:], strict=True):
-        free = after.start - before.end
-        action = rng.random()
-        if free > 0.3 and action < 0.6:  # between objects the hand rests, or leaves the image
+        free, chance = after.start - before.end, rng.random()
+        if free > 0.3 and chance < 0.6:
             start = before.end + rng.uniform(0, 0.5) * free
             end = start + rng.uniform(0.3, 0.5) * free
             kept &= (times < start) | (times > end)
-            if action < 0.25:
-                split[np.searchsorted(times, end).clip(max=len(times) - 1)] = True
+            if chance < 0.25:
+                lifts.append(end)
     if rng.random() < 0.3:  # a short rest anywhere
         start = rng.uniform(times[0], times[-1])
         kept &= (times < start) | (times > start + rng.uniform(0.08, 0.2))
-    return kept, split
+    return kept, lifts

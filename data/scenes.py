@@ -28,12 +28,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from data.scene_images import COLOURS, KINDS, Scene, World, draw_scene, plan_scene
+from data.scene_images import draw_scene
 from data.scene_narrations import BACKDROPS, Narration, Order, Verbosity, narrate
+from data.scene_worlds import COLOURS, KINDS, Scene, World, plan_scene
 
 OPTIONS_FILE = "scenes.json"
 FIRST_ID = {"train": 1, "val": 900_000_001}
 JPEG_QUALITY = 92
+MIN_VISIBLE = 0.3  # scenes that hide more of an object are drawn again
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,25 @@ def make_example(options: Options, split: str, index: int) -> Example:
     seeds = [options.seed, FIRST_ID[split], index]
     rng = np.random.default_rng([*seeds, 0])
     with_held_out = split == "val" and rng.random() < options.held_out_scenes
-    scene = plan_scene(rng, options.world, with_held_out)
-    image, masks = draw_scene(rng, scene)
+    scene, image, masks = _drawn(rng, options.world, with_held_out)
     boxes = np.stack([_box(mask) for mask in masks])
     voice = np.random.default_rng([*seeds, 1])  # its own, so that wording changes no picture
     narration = narrate(voice, scene, boxes, options.order, options.verbosity)
     return Example(
         FIRST_ID[split] + index, scene, image, masks, boxes, narration, int(voice.integers(100))
+    )
+
+
+def _drawn(
+    rng: np.random.Generator, world: World, with_held_out: bool
+) -> tuple[Scene, np.ndarray, np.ndarray]:
+    for _ in range(50):
+        scene = plan_scene(rng, world, with_held_out)
+        image, masks, visible = draw_scene(rng, scene)
+        if visible.min() >= MIN_VISIBLE:
+            return scene, image, masks
+    raise ValueError(
+        "objects hide each other in every scene; ask for fewer or a smaller max_overlap"
     )
 
 
@@ -241,8 +255,7 @@ def _is_complete(options: Options) -> bool:
     differing = [key for key in wanted if present.get(key) != wanted[key]]
     if differing:
         raise FileExistsError(
-            f"{out} holds scenes of other options ({', '.join(differing)} differ: "
-            f"{[present.get(key) for key in differing]}, now {[wanted[key] for key in differing]}); "
+            f"{out} holds scenes of other options (not the same {', '.join(differing)}); "
             "remove it or choose another folder"
         )
     return True
@@ -275,10 +288,10 @@ def _write_split(parts: Iterator[dict[str, Any]], folder: Path, split: str) -> N
 
 
 def main() -> None:
-    options = tyro.cli(tyro.conf.OmitArgPrefixes[Options], description=__doc__)
     try:
+        options = tyro.cli(tyro.conf.OmitArgPrefixes[Options], description=__doc__)
         written = write_scenes(options)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{options.out}: {'written' if written else 'complete already, kept'}")
 

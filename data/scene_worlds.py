@@ -1,0 +1,215 @@
+"""Worlds of procedural scenes: their vocabulary, their options, and where the objects lie.
+
+A scene is planned before it is drawn, and kind, colour, size and place are drawn independently
+of each other. Narrations, regions and referring expressions all read the same description.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from numpy.random import Generator
+
+COLOURS = {
+    "red": (222, 32, 38),
+    "orange": (250, 132, 10),
+    "yellow": (252, 222, 34),
+    "green": (30, 158, 62),
+    "blue": (36, 92, 222),
+    "purple": (132, 50, 188),
+    "pink": (255, 140, 196),
+    "white": (250, 250, 250),
+    "black": (34, 34, 38),
+    "brown": (122, 72, 34),
+}
+Pair = tuple[str, str]  # colour, kind
+Square = tuple[str, tuple[float, float], float]  # size word, centre in [0, 1], side in pixels
+
+SIZES = ("small", "medium", "large")
+KINDS = (
+    "car", "house", "tree", "fish", "star", "heart", "boat", "cup", "umbrella", "mushroom",
+    "plane", "key", "moon", "chair", "bottle", "flower", "butterfly", "cat", "hat", "bell",
+)  # fmt: skip
+BACKGROUNDS = ("grass", "sand", "water", "bricks", "wood", "sky", "stone", "tiles")
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes look like.
+
+    Args:
+        image_size: H and W in pixels, or one number for a square.
+        objects: smallest and largest number of objects in a scene.
+        min_size, max_size: the longer side of an object, as a share of the image's shorter side.
+        max_overlap: how much of the smaller of two objects' squares the other may cover.
+        center_gap: smallest distance of two centres in x, as a share of the width; less where
+            that many objects need it.
+        kinds, colours: how many of the known ones are used.
+        held_out: share of colour-kind pairs that training never shows together.
+        rotation: largest angle in degrees.
+    """
+
+    image_size: tuple[int, ...] = (160,)
+    objects: tuple[int, int] = (2, 3)
+    min_size: float = 0.25
+    max_size: float = 0.45
+    max_overlap: float = 0.15
+    center_gap: float = 0.08
+    kinds: int = 16
+    colours: int = 8
+    held_out: float = 0.1
+    rotation: float = 12.0
+
+    def __post_init__(self) -> None:
+        self._require(
+            len(self.image_size) in (1, 2) and min(self.image_size, default=0) >= 32,
+            f"image_size is one or two numbers from 32 on, not {self.image_size}",
+        )
+        self._require(
+            1 <= self.objects[0] <= self.objects[1],
+            f"objects are a smallest and a largest number from 1 on, not {self.objects}",
+        )
+        self._require(
+            0.05 <= self.min_size <= self.max_size <= 0.9,
+            f"sizes rise within [0.05, 0.9], not from {self.min_size} to {self.max_size}",
+        )
+        for name in ("max_overlap", "center_gap", "held_out"):
+            value = getattr(self, name)
+            self._require(0 <= value < 1, f"{name} is in [0, 1), not {value}")
+        self._require(0 <= self.rotation <= 180, f"rotation is in [0, 180], not {self.rotation}")
+        for name, known in (("kinds", len(KINDS)), ("colours", len(COLOURS))):
+            value = getattr(self, name)
+            self._require(1 <= value <= known, f"{name}: 1 to {known} are known, not {value}")
+        self._require(
+            self.objects[1] <= len(self.pairs),
+            f"{self.objects[1]} different objects, but {len(self.pairs)} colour-kind pairs",
+        )
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(message)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return (self.image_size[0], self.image_size[-1])
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """The colour-kind pairs of training."""
+        kept_back = set(self.held_out_pairs)
+        kinds, colours = KINDS[: self.kinds], list(COLOURS)[: self.colours]
+        every = [(colour, kind) for kind in kinds for colour in colours]
+        return [pair for pair in every if pair not in kept_back]
+
+    @cached_property
+    def held_out_pairs(self) -> list[Pair]:
+        """The others: the same for every seed, spread evenly over kinds and colours."""
+        colours = list(COLOURS)[: self.colours]
+        in_turn = [
+            (colours[(3 * k + k // len(colours) + turn) % len(colours)], kind)
+            for turn in range(len(colours))
+            for k, kind in enumerate(KINDS[: self.kinds])
+        ]
+        return in_turn[: round(self.held_out * len(in_turn))]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene.
+
+    Args:
+        center: (x, y) in [0, 1] of the image.
+        side_px: side of the square it just fits into, in pixels.
+        angle: how far it is turned, in degrees.
+        held_out: whether training never shows this colour-kind pair.
+    """
+
+    kind: str
+    colour: str
+    size: str
+    center: tuple[float, float]
+    side_px: float
+    angle: float = 0.0
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`objects` from the farthest to the nearest; `size` is (H, W) in pixels."""
+
+    size: tuple[int, int]
+    background: str
+    objects: tuple[SceneObject, ...]
+
+
+def plan_scene(rng: Generator, world: World, with_held_out: bool = False) -> Scene:
+    """Draw a scene; `with_held_out` gives one of its objects a held-out colour-kind pair.
+
+    Where the drawn number of objects does not fit, the scene has fewer, but never fewer than
+    the world's smallest number; ValueError where that is too many.
+    """
+    squares = _place_squares(rng, world)
+    chosen = rng.choice(len(world.pairs), size=len(squares), replace=False)
+    pairs = [(*world.pairs[index], False) for index in chosen]
+    if with_held_out and world.held_out_pairs:
+        unseen = world.held_out_pairs[rng.integers(len(world.held_out_pairs))]
+        pairs[rng.integers(len(pairs))] = (*unseen, True)
+    objects = tuple(
+        SceneObject(
+            kind, colour, size, center, side, rng.uniform(-world.rotation, world.rotation), held_out
+        )
+        for (size, center, side), (colour, kind, held_out) in zip(squares, pairs, strict=True)
+    )
+    return Scene(world.size, str(rng.choice(BACKGROUNDS)), objects)
+
+
+def _place_squares(rng: Generator, world: World) -> list[Square]:
+    smallest, largest = world.objects
+    count = int(rng.integers(smallest, largest + 1))
+    for attempt in range(60):
+        squares = _fitting_squares(rng, world, count)
+        if len(squares) == count or (attempt >= 5 and len(squares) >= smallest):
+            return squares
+    raise ValueError(
+        f"{smallest} objects of sizes {world.min_size} to {world.max_size} do not fit into an "
+        "image; ask for fewer or smaller ones, or a larger max_overlap"
+    )
+
+
+def _fitting_squares(rng: Generator, world: World, count: int) -> list[Square]:
+    """Up to `count` squares, each tried at a few places until it is clear of the others."""
+    height, width = world.size
+    gap = min(world.center_gap, 0.4 / world.objects[1])
+    squares: list[Square] = []
+    for _ in range(count):
+        for _ in range(40):
+            size, side = _draw_size(rng, world)
+            x = rng.uniform(side / 2, width - side / 2)
+            y = rng.uniform(side / 2, height - side / 2)
+            if all(
+                abs(x / width - other_x) >= gap
+                and _overlap(x - other_x * width, y - other_y * height, side, other)
+                <= world.max_overlap
+                for _, (other_x, other_y), other in squares
+            ):
+                squares.append((size, (float(x / width), float(y / height)), side))
+                break
+    return squares
+
+
+def _draw_size(rng: Generator, world: World) -> tuple[str, float]:
+    """A size word and a side in pixels; the words' ranges do not touch."""
+    index = int(rng.integers(len(SIZES)))
+    share = (index + rng.uniform(0.15, 0.85)) / len(SIZES)
+    side = world.min_size + share * (world.max_size - world.min_size)
+    return SIZES[index], float(side * min(world.size))
+
+
+def _overlap(dx: float, dy: float, side: float, other: float) -> float:
+    """Share of the smaller square that the larger one covers; dx, dy between their centres."""
+    small, reach = min(side, other), (side + other) / 2
+    across = min(small, max(0.0, reach - abs(dx)))
+    down = min(small, max(0.0, reach - abs(dy)))
+    return across * down / small**2
