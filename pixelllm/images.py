@@ -7,10 +7,9 @@ are rounded to uint8, so that a batch is four times smaller; the reference keeps
 from __future__ import annotations
 
 import io
-import math
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's convert() would clip them
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what its decoders raise
+# What the decoders of Pillow raise on damaged files.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
 
 
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -33,15 +33,11 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: not an image, truncated, or larger than Pillow's bomb limit; names the source.
     """
-    if isinstance(source, Image.Image):
-        name, opened = "image in memory", nullcontext(source)
-    else:
-        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-        opened = None
+    name = str(source)
+    if isinstance(source, bytes | Image.Image):
+        name = f"{type(source).__name__} in memory"
     try:
-        with opened or Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source
-        ) as image:
+        with _opened(source) as image:
             return _to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image file") from error
@@ -51,6 +47,12 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise ValueError(f"{name}: not an image in a format that Pillow reads") from error
     except UNREADABLE as error:
         raise ValueError(f"{name}: broken, truncated or unreadable image: {error}") from error
+
+
+def _opened(source: str | Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)  # the caller's to close
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -70,7 +72,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Greyscale from 0..65535 integers or 0..1 floats; larger values stretch the range."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0).clip(0)
     top = max(1.0 if image.mode == "F" else 65535.0, values.max())
     return Image.fromarray((values / top * 255).round().astype(np.uint8))
 
@@ -85,14 +87,13 @@ def resize_size(size: tuple[int, int], shorter: int, longest: int | None) -> tup
 
     Truncates twice, as the reference does: the longer side can come out at `longest - 1`.
     """
-    height, width = size
     short, long = min(size), max(size)
-    if longest is not None and shorter * long / short > longest:
-        shorter = max(math.floor(longest * short / long), 1)
-    if shorter == short:
-        return size
-    long = shorter * long // short
-    return (shorter, long) if height <= width else (long, shorter)
+    if longest is not None and shorter * long > longest * short:
+        shorter = max(longest * short // long, 1)
+        long = min(shorter * long // short, longest)
+    else:
+        long = shorter * long // short
+    return (shorter, long) if size[0] <= size[1] else (long, shorter)
 
 
 def resize_frame(image: Tensor, size: tuple[int, int]) -> Tensor:

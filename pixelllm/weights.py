@@ -1,8 +1,9 @@
-"""Foreign weight files, read without unpickling code and put into modules whose names they share."""
+"""Foreign weight files, read without unpickling, into modules that share their key layout."""
 
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MAX_NAMED = 8  # keys that an error lists of each kind
+# What torch's restricted unpickler and both readers raise on files that are something else.
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    struct.error,
+    AssertionError,
+    zipfile.BadZipFile,
+)
 
 
 def load_sam_checkpoint(
@@ -52,14 +68,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":  # safetensors: length of the header, then its JSON
+                return load_file(path)
         # Old torch files are not zip archives and cannot be mapped into memory.
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable file of weights alone: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a flat dictionary of tensors by name")
