@@ -255,13 +255,18 @@ def _draw_object(
     side = int(np.ceil(thing.side_px)) + 2 * margin + 1
     parts = _posed(rng, thing, half - outline, (x - left, y - top))
     tones = _tones(rng, COLOURS[thing.colour])
-    patch = Image.new("RGBA", (side * SCALE, side * SCALE), (*tones["outline"], 0))
-    draw = ImageDraw.Draw(patch)
+    # Two canvases, as what is averaged with the outline's colour must not be transparent there.
+    canvas = Image.new("RGB", (side * SCALE, side * SCALE), tones["outline"])
+    stencil = Image.new("L", canvas.size)
+    draw, cut = ImageDraw.Draw(canvas), ImageDraw.Draw(stencil)
     for tone, points in parts:
-        draw.polygon((points * SCALE).ravel().tolist(), tones[tone])
-    pixels = np.asarray(patch.reduce(SCALE), dtype=np.float32)
+        corners = (points * SCALE).ravel().tolist()
+        draw.polygon(corners, tones[tone])
+        cut.polygon(corners, 255)
+    colour = np.asarray(canvas.reduce(SCALE), dtype=np.float32)
+    cover = np.asarray(stencil.reduce(SCALE), dtype=np.float32) / 255
     shade = np.linspace(1.07, 0.93, side, dtype=np.float32)[:, None, None]
-    return pixels[..., :3] * shade, _widened(pixels[..., 3] / 255, outline), top, left
+    return colour * shade, _widened(cover, outline), top, left
 
 
 def _widened(cover: np.ndarray, pixels: int) -> np.ndarray:
