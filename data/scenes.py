@@ -205,7 +205,7 @@ def _write_example(options: Options, folder: Path, split: str, index: int) -> di
     example = make_example(options, split, index)
     height, width = example.scene.size
     name = f"{example.image_id:012d}.jpg"
-    Image.fromarray(example.image).save(folder / split / name, quality=JPEG_QUALITY)
+    Image.fromarray(example.image).save(folder / split / name, quality=JPEG_QUALITY, subsampling=0)
     return {
         "narrative": json.dumps(narrative_line(example, split)),
         "truth": json.dumps(truth_line(example)),
