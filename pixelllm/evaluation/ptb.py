@@ -11,13 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 # Dropped by COCO. It lists the brackets in capitals, so "-lrb-" and "-rrb-" stay in the captions.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_QUOTES = {ord(c): ascii for ascii, kind in
+           {"`": "\x91‘‛‹", "'": "\x92’›", "``": "\x93“«", "''": "\x94”»"}.items()
+           for c in kind}  # fmt: skip
 # Two words written as one: where the second begins.
-_CONTRACTIONS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3,
-                 "'tis": 2, "'twas": 2}  # fmt: skip
+_CONTRACTIONS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3}
 _PLAIN = re.compile(r"[A-Za-z]+(?=\s)")  # a word that no rule can treat specially, nearly all
 
 
@@ -73,9 +76,9 @@ def _unescape(token: str) -> list[str]:
     return _keep(token)
 
 
-def _clitic(token: str) -> list[str]:
-    straight = re.sub(r"&apos;|[\x92\u2019]", "'", token.lower())
-    return [re.sub(r"[\x91\u2018\u201b]", "`", straight)]
+def _quote(token: str) -> list[str]:
+    """Quotes and apostrophes of any kind as ASCII; pairs of one kind are dropped afterwards."""
+    return [token.lower().replace("&apos;", "'").translate(_QUOTES)]
 
 
 def _split(token: str) -> list[str]:
@@ -114,79 +117,113 @@ _OPENERS = (
     r"Many|More|Mr\.|Ms\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Then|There|"
     "These|They|This|We|When|While|What|Yet|You"
 )
-_FILES = (
-    "bat|bmp|bz2|cgi|class|cpp|dll|docx?|exe|gif|gz|html?|jar|java|jpe?g|mov|mp[34g]|pdf|php|pl|"
-    "png|ppt|ps|py|sql|tar|txt|wav|xml|zip|3gp|wm[va]|avi|flv|[chx]"
-)
+_NOT_LETTERS = "²³¹¼-¾⁰-₟⅐-⅟①-⓿"  # alphanumeric for Python, signs for the lexer
+_LETTER = rf"(?:[^\W\d_{_NOT_LETTERS}]|[\u00ad\u0300-\u036f]|&[aeiou](?:acute|grave|uml);)"
+_ALNUM = rf"[^\W_{_NOT_LETTERS}]"
+_APOSTROPHE = r"(?:['\x92’]|&apos;)"
+_ANY_APOSTROPHE = r"(?:['`\x91\x92‘’‛]|&apos;)"
+_WORD = rf"{_LETTER}(?:{_LETTER}|\d)*(?:[.!?]{_LETTER}(?:{_LETTER}|\d)*)*"
+_CLITIC = rf"{_APOSTROPHE}(?:[msd]|re|ve|ll)"
+_NOT = rf"n{_ANY_APOSTROPHE}t"
+_ELISION = rf"(?:[dol]{_ANY_APOSTROPHE}(?={_ALNUM}))?"
+_HYPHENATED = rf"{_ELISION}{_ALNUM}+(?:[-_\u058a‐‑]{_ELISION}{_ALNUM}+)*"
+_ACRONYM = r"[A-Za-z](?:\.[A-Za-z])"
+_DOTTED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}+\.|[A-Za-z0-9\u00ad]+))+"
+_JOINED = r"(?-i:[A-Z]+(?:(?:&amp;|[+&])[A-Z]+)+)"  # AT&T
+
+
+class _Rule(NamedTuple):
+    becomes: Callable[[str], list[str]]
+    token: str
+    before: str = ""  # what must follow the token; part of the length that decides
 
 
 @cache
 def _rules() -> list[tuple[re.Pattern, Callable[[str], list[str]]]]:
-    """(pattern, what its group 1 becomes); on equal length the first rule wins."""
-    no_letters = "²³¹¼-¾⁰-₟⅐-⅟①-⓿"
-    letter = rf"(?:[^\W\d_{no_letters}]|[\u00ad\u0300-\u036f]|&[aeiou](?:acute|grave|uml);)"
-    alnum = rf"[^\W_{no_letters}]"
-    apostrophe = r"(?:['\x92\u2019]|&apos;)"
-    any_apostrophe = r"(?:['\x91\x92\u2018\u2019\u201b]|&apos;)"
-    word = rf"{letter}(?:{letter}|\d)*(?:[.!?]{letter}(?:{letter}|\d)*)*"
-    clitic = rf"{apostrophe}(?:[msd]|re|ve|ll)"
-    number = r"(?:\d+(?:[.:,\u00ad]\d+)*|(?:[.,]\d+)+)"
-    acronym = r"[A-Za-z](?:\.[A-Za-z])+"
-    elision = rf"(?:[dol]{any_apostrophe}(?={alnum}))?"
-    compound = rf"{elision}{alnum}+(?:[-_\u058a\u2010\u2011]{elision}{alnum}+)*"
-    dotted = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{acronym}\.|[A-Za-z0-9\u00ad]+))+"
-    joined = r"(?-i:[A-Z]+(?:(?:&amp;|[+&])[A-Z]+)+)"
-    slashed = rf"{alnum}+(?:-[A-Za-z]+){{0,2}}"
-    url_part, url_end = r"""[^\s"<>|()]+""", r"""[^\s"<>|.!?(){},-]"""
-    name = r"[A-Za-z][\w:.-]*"
-    pairs = [
-        ("|".join(_CONTRACTIONS), "", _split),
-        (rf"<(?:[!?][A-Za-z-][^>]*|/{name}|{name}(?: +{name}(?: *= *(?:'[^']*'|\"[^\"]*\"|{name}))?)* */?) *>",
-         "", _keep),
-        (r"&(?:MD|mdash|ndash);|[\x96\x97\u2013-\u2015]", "", _drop),
-        (r"&amp;|&lt;|&gt;|<<|>>", "", _unescape),
-        (r"&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#\d+);", "", _keep),
-        (word, clitic, _keep),
-        (r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", rf"n{any_apostrophe}t", _keep),
-        (word, "", _keep),
-        (rf"{apostrophe}n{apostrophe}?|[ldj]{apostrophe}|(?:dunkin|somethin|ol){apostrophe}", "", _keep),
-        (rf"{apostrophe}(?:em|till?|cause|[2-9]0s)|(?-i:[A-HJ-XZn]){any_apostrophe}{letter}{{2,}}", "", _keep),
-        (rf"{letter}+[aeiouy]{any_apostrophe}(?-i:[aeiouA-Z]){letter}*", "", _keep),
-        (r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l", "", _keep),
-        (rf"y{apostrophe}", letter, _keep),
-        (rf"(?:(?:ftp|https?)://){url_part}{url_end}", "", _keep),
-        (rf"www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{url_part}{url_end})?", "", _keep),
-        (rf"(?:(?-i:[^\s\"`'<>|.!?()\x24,-_{{}}]+)\.)+(?:com|net|org|edu)(?:/{url_part}{url_end})?", "", _keep),
-        (r"[A-Za-z0-9][^\s\"<>|()]*@(?:[^\s\"<>|().]+\.)*[^\s\"<>|().,;:]+", "", _keep),
-        (rf"@[A-Za-z_][A-Za-z_0-9]*|#{letter}(?:{letter}|\d|_)*(?:{letter}|\d)", "", _keep),
-        (clitic, "[^A-Za-z]", _clitic),
-        (rf"n{any_apostrophe}t", "", _clitic),
-        (rf"\d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}}|[-+]?{number}", "", _keep),
-        (r"[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)", "", _keep),
-        (r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}", "", _keep),
-        (rf"-[lr][rcs]b-|C\.D\.s|pro-|anti-|S&(?:amp;)?P-500|S&(?:amp;)?Ls|cap{apostrophe}n|c{apostrophe}est",
-         "", _unescape),
-        (rf"{slashed}(?:\\?/{slashed}){{1,2}}", "", _keep),
-        (rf"{alnum}+(?:[-._/]{alnum}+)*\.(?:{_FILES})", r"[\s.?!,\"'<()]", _keep),
-        (r"(?-i:[A-Z]*\$)|#|C\+\+", "", _keep),
-        (rf"(?:{_ABBREVIATIONS}|[A-Za-z](?:\.[A-Za-z])*)\.", "", _keep),
-        (r"[A-Za-z]", rf"\.\s+(?-i:{_OPENERS})\s", _keep),
-        (rf"(?:{_BEFORE_NUMBERS})\.", r"\s?\d", _keep),
-        (rf"{apostrophe}\d\d", r"\s", _keep),
-        (rf"(?:{word}|{compound}|{dotted}|{joined})\.", "[,;:]", _unescape),
-        (r"(?:\(\d{2,3}\)[ \u00a0]?|\+{0,2}(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])\d{3,4}[- \u00a0]?\d{3,5}",
-         "", _bracket),
-        (r"\+{0,2}(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}", "", _keep),
-        (r"&quot;|&nbsp;|\.{3,}|\.[ \u00a0](?:\.[ \u00a0])+\.|---?-?(?!-)", "", _drop),
-        (r"[<>]?[:;=][-o*']?[()DPO\\:{@|\[\]]", r"[^A-Za-z0-9]", _bracket),
-        (r"[\^x=~<>]\.[\^x=~<>]|[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)", "", _bracket),
-        (r"-+|@+|_+|\*+|#+|[?!]+", "", _keep),
-        (dotted, "", _keep),
-        (compound, "", _keep),
-        (joined, "", _unescape),
-        (clitic, "", _clitic),
-        (r"['\"`\x91-\x94\u2018-\u201f\u2039\u203a«»\u2026\x85]|&apos;", "", _drop),
-        # Any other symbol of the basic plane that the lexer knows.
-        (r"[!-/:-@\[-`{-~\x80¡-¿×÷\u2020-\u20ac\u2100-\u27bf\u3001\u3002\uff01-\uff65]", "", _symbol),
-    ]  # fmt: skip
-    return [(re.compile(f"({token}){after}", re.I), what) for token, after, what in pairs]
+    """In this order: of two matches of one length the first rule wins. Group 1 is the token."""
+    rules = _words() + _addresses() + _numbers() + _abbreviations() + _symbols()
+    return [(re.compile(f"({r.token})(?:{r.before})", re.I), r.becomes) for r in rules]
+
+
+def _words() -> list[_Rule]:
+    tag = r"[A-Za-z][\w:.-]*"
+    value = rf"""(?:'[^']*'|"[^"]*"|{tag})"""
+    return [
+        _Rule(_split, "|".join(_CONTRACTIONS)),
+        _Rule(_keep, "'t", "is|was"),
+        _Rule(_keep, rf"<(?:[!?][A-Za-z-][^>]*|/{tag}|{tag}(?: +{tag}(?: *= *{value})?)* */?) *>"),
+        _Rule(_drop, r"&(?:MD|mdash|ndash);|[\x96\x97–—―]"),
+        _Rule(_unescape, r"&amp;|&lt;|&gt;|<<|>>"),
+        _Rule(_keep, r"&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#\d+);"),
+        _Rule(_keep, _WORD, _CLITIC),
+        _Rule(_keep, r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _NOT),
+        _Rule(_keep, _WORD),
+        _Rule(_keep, rf"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s|n{_APOSTROPHE}?)"),
+        _Rule(_keep, rf"(?:[ldj]|dunkin|somethin|ol){_APOSTROPHE}"),
+        _Rule(_keep, rf"(?-i:[A-HJ-XZn]){_ANY_APOSTROPHE}{_LETTER}{{2,}}"),
+        _Rule(_keep, rf"{_LETTER}+[aeiouy]{_ANY_APOSTROPHE}(?-i:[aeiouA-Z]){_LETTER}*"),
+        _Rule(_keep, r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l"),
+        _Rule(_keep, rf"y{_APOSTROPHE}", _LETTER),
+    ]
+
+
+def _addresses() -> list[_Rule]:
+    path = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
+    # Case matters in the host: its range from comma to underscore includes the capitals.
+    host = r"""(?:(?-i:[^\s"`'<>|.!?()$,-_{}]+)\.)+(?:com|net|org|edu)"""
+    domain = r"""[^\s"<>|(){}.]+"""
+    return [
+        _Rule(_keep, rf"(?:ftp|https?)://{path}"),
+        _Rule(_keep, rf"www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{path})?"),
+        _Rule(_keep, rf"{host}(?:/{path})?"),
+        _Rule(_keep, rf"[A-Za-z0-9][^\s\"<>|(){{}}]*@(?:{domain}\.)*{domain}>?"),
+        _Rule(_keep, rf"@[A-Za-z_][A-Za-z_0-9]*|#{_LETTER}+"),
+    ]
+
+
+def _numbers() -> list[_Rule]:
+    slashed = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
+    area = r"(?:\(\d{2,3}\)[ \u00a0]?|\+{0,2}(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])"
+    return [
+        _Rule(_quote, _CLITIC, "[^A-Za-z]"),
+        _Rule(_quote, _NOT),
+        _Rule(_keep, r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}"),
+        _Rule(_keep, r"[-+]?(?:\d+(?:[.:,\u00ad]\d+)*|(?:[.:,]\d+)+)"),
+        _Rule(_keep, r"[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)"),
+        _Rule(_keep, r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}"),
+        _Rule(_bracket, rf"{area}\d{{3,4}}[- \u00a0]?\d{{3,5}}"),
+        _Rule(_keep, r"\+{0,2}(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}"),
+        _Rule(_keep, rf"{slashed}(?:\\?/{slashed}){{1,2}}"),
+        _Rule(_keep, r"(?-i:[A-Z]*\$)|#|C\+\+"),
+    ]
+
+
+def _abbreviations() -> list[_Rule]:
+    return [
+        _Rule(_unescape, r"-[lr][rcs]b-|C\.D\.s|pro-|anti-|S&(?:amp;)?P-500|S&(?:amp;)?Ls"),
+        _Rule(_keep, rf"cap{_APOSTROPHE}n|c{_APOSTROPHE}est"),
+        _Rule(_keep, rf"(?:{_ABBREVIATIONS}|{_ACRONYM}*)\."),
+        _Rule(_keep, r"[A-Za-z]", rf"\.\s+(?-i:{_OPENERS})\s"),
+        _Rule(_keep, rf"(?:{_BEFORE_NUMBERS})\.", r"\s?\d"),
+        _Rule(_keep, rf"{_APOSTROPHE}\d\d", r"\s"),
+        _Rule(_unescape, rf"(?:{_WORD}|{_HYPHENATED}|{_DOTTED}|{_JOINED})\.", "[,;:]"),
+    ]
+
+
+def _symbols() -> list[_Rule]:
+    eye = r"[-^x=~<>']"
+    return [
+        _Rule(_drop, r"&quot;|&nbsp;|\.{3,}|\.[ \u00a0](?:\.[ \u00a0])+\.|---?-?(?!-)"),
+        _Rule(_bracket, r"[<>]?[:;=][-o*']?(?-i:[()DPdpO\\:{@|\[\]])", "[^A-Za-z0-9]"),
+        _Rule(_bracket, rf"[\^x=~<>]\.[\^x=~<>]|{eye}_{eye}|\({eye}[_.]?{eye}\)"),
+        _Rule(_keep, r"-+|@+|_+|\*+|#+|[?!]+"),
+        _Rule(_keep, _DOTTED),
+        _Rule(_keep, _HYPHENATED),
+        _Rule(_unescape, _JOINED),
+        _Rule(_drop, "'", r"[A-Za-z]\S"),
+        _Rule(_quote, _CLITIC),
+        _Rule(_quote, r"[`\x91-\x94‘-‟‹›«»]{1,2}"),
+        _Rule(_drop, r"""''|['"…\x85]|&apos;"""),
+        # Any other sign of the basic plane that the lexer knows, roughly.
+        _Rule(_symbol, r"[!-/:-@\[-`{-~\x80¡-¿×÷†-€℀-➿、。！-･]"),
+    ]
