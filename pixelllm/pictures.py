@@ -24,6 +24,7 @@ from pixelllm.images import open_image
 TRAIL = ("#5b8cff", "#9a6bff", "#e05bd6", "#ff6b7f", "#ff9a4a", "#f7cf4d")
 PAPER, INK, FADED = (252, 251, 249), (28, 27, 26), (176, 172, 167)
 SAMPLES = 12  # straight pieces per curve between two points
+PHOTO_COLORS = 200  # of a GIF's 256; the rest are for the trail and the text
 STOP = 0.05  # points closer than this share of the image are one numbered stop
 
 
@@ -129,16 +130,33 @@ def knots(words: Sequence[dict[str, Any]], width: float, height: float) -> list[
     ]
 
 
-def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
-    """A smooth (Catmull-Rom) line from one knot to the next; passes through both."""
+def _tangent(trail: Sequence[Knot], index: int) -> tuple[float, float]:
+    """Direction through a knot, no longer than the shorter way to its neighbours.
+
+    A plain Catmull-Rom line swings out after a short step, to places no word points at.
+    """
     last = len(trail) - 1
-    p0, p1, p2, p3 = (trail[min(max(segment + k, 0), last)][1:] for k in (-1, 0, 1, 2))
+    a, b, c = (trail[min(max(index + k, 0), last)][1:] for k in (-1, 0, 1))
+    speed = 0.6 * min(math.dist(a, b), math.dist(b, c)) / (math.dist(a, c) or 1.0)
+    return (c[0] - a[0]) * speed, (c[1] - a[1]) * speed
 
-    def at(u: float, a: float, b: float, c: float, d: float) -> float:
-        return b + u * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a))) / 2
 
-    steps = [k / SAMPLES for k in range(SAMPLES + 1)]
-    return [tuple(at(u, *axis) for axis in zip(p0, p1, p2, p3, strict=True)) for u in steps]
+def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
+    """A smooth (cubic Hermite) line from one knot to the next, through both."""
+    axes = list(
+        zip(
+            trail[segment][1:],
+            trail[segment + 1][1:],
+            _tangent(trail, segment),
+            _tangent(trail, segment + 1),
+            strict=True,
+        )
+    )
+
+    def at(u: float, b: float, c: float, m: float, n: float) -> float:
+        return b + u * (m + u * (3 * (c - b) - 2 * m - n + u * (2 * (b - c) + m + n)))
+
+    return [tuple(at(k / SAMPLES, *axis) for axis in axes) for k in range(SAMPLES + 1)]
 
 
 def still(caption: dict[str, Any], longest: int = 1024) -> Image.Image:
@@ -169,18 +187,16 @@ def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> 
     check_caption(caption)
     photo = fit(open_picture(caption), longest)
     words = caption["words"]
-    base = _mount(photo, _panel(caption, photo.width))
-    palette = _gif_palette(photo)
-    ground = base.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    dithered = photo.quantize(PHOTO_COLORS)
+    palette = _gif_palette(dithered)
     frames, durations = [], []
     for until, active, seconds in _moments(words):
-        frame = _frame(caption, photo, until, active)
-        # Only what changed is quantised anew: dither noise elsewhere would be stored every time.
-        changed = ImageChops.difference(frame, base).convert("L").point([0] + [255] * 255)
-        changed.paste(255, (0, photo.height, *base.size))
-        flat = frame.quantize(palette=palette, dither=Image.Dither.NONE)
-        frames.append(Image.composite(flat, ground, changed))
-        frames[-1].putpalette(palette.getpalette())
+        sheet = _frame(caption, photo, until, active)
+        frame = sheet.quantize(palette=palette, dither=Image.Dither.NONE)
+        # Dither only the photo, once: noise that changes would be stored in every frame.
+        drawn = ImageChops.difference(sheet.crop((0, 0, *photo.size)), photo).convert("L")
+        frame.paste(dithered, mask=drawn.point([255] + [0] * 255))
+        frames.append(frame)
         durations.append(round(seconds * 100) * 10)  # GIF counts hundredths of a second
     with written_whole(path) as beside:
         frames[0].save(
@@ -189,10 +205,10 @@ def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> 
 
 
 def _moments(words: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int | None, float]]:
-    """(how far the pen is, in words; the word spoken; seconds) of every frame of an animation."""
+    """(how far the pen is, in words; the word it has reached; seconds) of every frame."""
     for index, (start, end) in enumerate(word_times(words)):
-        yield index + 0.2, index, (end - start) / 2
-        yield index + 0.5, index, (end - start) / 2
+        yield index + 0.2, None, 0.3 * (end - start)
+        yield index + 0.5, index, 0.7 * (end - start)
     yield len(words), None, 2.5
 
 
@@ -300,7 +316,7 @@ def _panel(
     x, y = margin, margin
     for index, (word, gap) in enumerate(zip(words, gaps, strict=True)):
         number = str((stops or {}).get(index, ""))
-        label = small.getlength(number) + size * 0.25 if number else 0
+        label = small.getlength(number) + size * 0.1 if number else 0
         after = (gaps[index + 1] if index + 1 < len(words) else tail).rstrip()
         length = font.getlength(word["text"])
         x += font.getlength(gap if x > margin else gap.lstrip())
@@ -328,9 +344,10 @@ def _mount(photo: Image.Image, panel: Image.Image) -> Image.Image:
     return sheet
 
 
-def _gif_palette(photo: Image.Image) -> Image.Image:
-    """200 colours of the photo, and those of the trail and the text."""
-    colors = photo.quantize(200).getpalette()[: 3 * 200]
+def _gif_palette(dithered: Image.Image) -> Image.Image:
+    """The colours of a quantised photo, at their places, then those of the trail and the text."""
+    colors = dithered.getpalette()[: 3 * PHOTO_COLORS]
+    colors += [0] * (3 * PHOTO_COLORS - len(colors))
     for k in range(32):
         colors += trail_color(k / 31)
     for k in range(16):
