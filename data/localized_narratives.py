@@ -122,9 +122,9 @@ def image_candidates(root: Path, dataset_id: str, image_id: str) -> list[Path]:
     """
     part = dataset_id.lower()
     split = "train" if "train" in part else "test" if "test" in part else "val"
-    number = image_id.lstrip("0").rjust(12, "0") if image_id.isdigit() else image_id
+    number = image_id.zfill(12) if image_id.isdigit() else image_id
     if "coco" in part:
-        paths = [f"{folder}{number}.jpg" for folder in ("", f"{split}2017/")]
+        paths = [f"{folder}{number}.jpg" for folder in ("", "train2017/", "val2017/")]
         for year_split in ("train2014", "val2014"):  # the 2017 splits regroup the 2014 images
             name = f"COCO_{year_split}_{number}.jpg"
             paths += [name, f"{year_split}/{name}"]
@@ -165,15 +165,19 @@ def _ade20k_index(root: Path) -> dict[str, Path]:
     return {path.name: path for path in root.rglob("ADE_*.jpg")}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # the five narratives of an image are not neighbours in the files
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) after the EXIF rotation, from the header alone. Raises ValueError naming the file."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 transpose
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a readable image ({error})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path} is refused as a decompression bomb ({error})") from error
+    if width * height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+        raise ValueError(f"{path} is refused as a decompression bomb ({width} x {height} pixels)")
     return (width, height) if is_turned else (height, width)
 
 
@@ -260,9 +264,11 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
 
     Raises FileNotFoundError or ValueError on the first bad item; then nothing is written.
     """
-    for path in (*files, options.images):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such annotation file")
+    if not options.images.is_dir():
+        raise FileNotFoundError(f"--images {options.images}: no such folder")
     report: dict[str, Any] = {
         "files": [str(file) for file in files],
         "alignment": options.alignment,
@@ -297,7 +303,7 @@ def main(
     options = Options(images, alignment, embed_images, skip_missing)
     try:
         report = convert(list(annotations), options, out, num_proc)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(json.dumps(report, indent=2))
 

@@ -103,22 +103,32 @@ def _pieces(spans: list[tuple[int, int] | None], centers: Array, boxes: Array) -
 def read_trace(narrative: dict[str, Any]) -> Trace:
     """The trace segments as one, sorted by time (stable, as the official sort).
 
-    A break is a change of segment that took more than `MAX_DISTANCE` seconds: a new segment
+    A break is a stretch of more than `MAX_DISTANCE` seconds within no segment: a new segment
     starts where the pointer came back to the image. Raises ValueError as `text_pieces`.
     """
     try:
-        rows = [row for segment in narrative["traces"] for row in map(_XYT, segment)]
-        values = np.array(rows, dtype=np.float64).reshape(-1, 3)
+        segments = [list(map(_XYT, segment)) for segment in narrative["traces"] if segment]
+        values = np.array([row for rows in segments for row in rows], dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"traces: every point needs numbers x, y and t ({error!r})") from error
+    values = values.reshape(-1, 3)
     if not np.isfinite(values).all():
         raise ValueError("traces: a coordinate or time is not a finite number")
-    lengths = [len(segment) for segment in narrative["traces"]]
     order = np.argsort(values[:, 2], kind="stable")
     times = values[order, 2]
-    segments = np.repeat(np.arange(len(lengths)), lengths)[order]
-    breaks = (np.diff(segments) != 0) & (np.diff(times) > MAX_DISTANCE)
-    return Trace(times, values[order, :2], breaks)
+    return Trace(times, values[order, :2], _breaks(times, values[:, 2], list(map(len, segments))))
+
+
+def _breaks(times: Array, unsorted: Array, lengths: list[int]) -> NDArray[np.bool_]:
+    """Which gaps between sorted times are long and within no segment."""
+    if len(lengths) < 2:
+        return np.zeros(max(len(times) - 1, 0), dtype=bool)
+    first = np.cumsum([0, *lengths[:-1]])
+    begins = np.sort(np.minimum.reduceat(unsorted, first))
+    ends = np.sort(np.maximum.reduceat(unsorted, first))
+    begun = np.searchsorted(begins, times[:-1], side="right")
+    ended = np.searchsorted(ends, times[1:], side="left")
+    return (begun == ended) & (np.diff(times) > MAX_DISTANCE)
 
 
 def read_utterances(narrative: dict[str, Any]) -> tuple[list[str], Array]:
@@ -238,9 +248,9 @@ def sample_trace(trace: Trace, times: Array, num_samples: int = NUM_SAMPLES) -> 
 def match_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int, int] | None]:
     """Characters [start, end) of the caption for each utterance, in order; None = not found.
 
-    Letters and digits are compared, without case; punctuation goes to the word it touches. Where
-    the texts differ, words are matched by difflib, and characters between matched words; an
-    utterance counts as found when `MIN_MATCH` of its characters are.
+    Letters and digits are compared, without case. Where the texts differ, words are matched by
+    difflib, and characters between matched words; an utterance counts as found when `MIN_MATCH`
+    of its characters are. Punctuation goes with the word it touches.
     """
     position = [i for i, char in enumerate(caption) if char.isalnum()]
     said = [[char.lower() for char in text if char.isalnum()] for text in utterances]
@@ -253,7 +263,7 @@ def match_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int,
         offset += len(text)
         is_found = bool(found) and len(found) >= MIN_MATCH * len(text)
         spans.append((found[0], found[-1] + 1) if is_found else None)
-    return _take_punctuation(caption, spans)
+    return _widen_to_words(caption, spans)
 
 
 def _match_characters(
@@ -288,26 +298,23 @@ def _word_bounds(text: str) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
 
 
-def _take_punctuation(
+def _widen_to_words(
     caption: str, spans: list[tuple[int, int] | None]
 ) -> list[tuple[int, int] | None]:
-    """Widen spans over the punctuation around them, up to blanks and other letters."""
+    """Spans with what is left of their words: punctuation, and letters of no other span."""
     widened: list[tuple[int, int] | None] = []
     previous = 0
-    for span in spans:
+    for index, span in enumerate(spans):
         if span is not None:
             start, end = span
-            while start > previous and _is_punctuation(caption[start - 1]):
+            stop = next((after[0] for after in spans[index + 1 :] if after), len(caption))
+            while start > previous and not caption[start - 1].isspace():
                 start -= 1
-            while end < len(caption) and _is_punctuation(caption[end]):
+            while end < stop and not caption[end].isspace():
                 end += 1
             span, previous = (start, end), end
         widened.append(span)
     return widened
-
-
-def _is_punctuation(char: str) -> bool:
-    return not char.isalnum() and not char.isspace()
 
 
 def words_of(caption: str) -> list[tuple[int, int]]:
