@@ -53,6 +53,9 @@ class Batch:
     point_weight: float
     ids: tuple[str, ...]
 
+    def __len__(self) -> int:
+        return len(self.sizes)
+
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,

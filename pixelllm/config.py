@@ -23,7 +23,7 @@ class SamConfig:
     window_size: int = 14
     global_blocks: tuple[int, ...] = (7, 15, 23, 31)
     conv_stem: bool = False  # a small convolutional stem instead of the linear patch embedding
-    weights: str | None = None  # official sam_vit_*.pth, or a run of a `*-sam` recipe
+    weights: str | None = None  # an official sam_vit_*.pth
     half_features: bool = False  # round the frozen features to float16, the cache's precision
 
 
@@ -39,7 +39,7 @@ class Eva02Config:
     drop_path: float = 0.1
     interpolate_rope: bool = False  # the official model counts patches, whatever the image size
     conv_stem: bool = False
-    weights: str | None = None  # a timm name with published weights, or a run of `*-eva02`
+    weights: str | None = None  # a timm name with published weights
     half_features: bool = False
 
 
@@ -153,11 +153,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """Finished runs that a training run starts from."""
+
+    sam: str | None = None  # of a `*-sam` recipe
+    eva02: str | None = None  # of a `*-eva02` recipe
+    run: str | None = None  # of a PixelLLM recipe: all weights
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run of PixelLLM."""
 
     name: str
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     sources: tuple[Source, ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -173,8 +183,9 @@ class SamPretraining:
     name: str
     frame: int
     sam: SamConfig
+    num_layers: int = 2  # of the mask decoder's two-way transformer
+    mlp_width: int = 512
     prompts_per_image: int = 6
-    mask_in_channels: int = 16
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

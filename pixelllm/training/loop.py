@@ -111,7 +111,13 @@ def accumulate_gradients(
 def loader(batches: Dataset, step: int, config: TrainConfig) -> Iterator[Any]:
     """Micro batches from `step` on; a batch depends on its number alone, so this is a resume."""
     numbers = range(step * config.accumulate, len(batches))
-    return iter(DataLoader(batches, batch_size=None, sampler=numbers, num_workers=config.workers))
+    # With a generator of its own, the loader draws nothing from the state that a resume restores.
+    own = torch.Generator().manual_seed(config.seed)
+    return iter(
+        DataLoader(
+            batches, batch_size=None, sampler=numbers, num_workers=config.workers, generator=own
+        )
+    )
 
 
 def validate(stage: Stage) -> dict[str, float]:

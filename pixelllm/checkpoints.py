@@ -1,0 +1,132 @@
+"""Saved models: `config.json` and `model.safetensors` in a folder, and nothing to unpickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+T = TypeVar("T")
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write a configuration dataclass as JSON, with the name of its class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"model_type": "pixelllm", "kind": type(config).__name__, **dataclasses.asdict(config)}
+    write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
+
+
+def load_config(kind: type[T], name_or_path: Path | str) -> T:
+    """Read what `save_config` wrote.
+
+    Raises:
+        FileNotFoundError: there is no run at the path.
+        ValueError: the run is of another kind, or has a field that does not exist.
+    """
+    file = find_file(name_or_path, CONFIG_FILE)
+    fields = json.loads(file.read_text())
+    fields.pop("model_type", None)
+    found = fields.pop("kind", None)
+    if found != kind.__name__:
+        raise ValueError(f"{file}: holds a {found}, expected a {kind.__name__}")
+    return from_fields(kind, fields, str(file))
+
+
+def from_fields(kind: type[T], fields: dict[str, Any], where: str) -> T:
+    """Rebuild nested dataclasses from plain dictionaries."""
+    hints = typing.get_type_hints(kind)
+    for name in fields:
+        if name not in hints:
+            near = ", ".join(difflib.get_close_matches(name, hints)) or ", ".join(hints)
+            raise ValueError(f"{where}: {kind.__name__} has no field {name!r}; nearest: {near}")
+    return kind(**{name: _value(hints[name], v, where) for name, v in fields.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_fields(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
+    return value
+
+
+def find_file(name_or_path: Path | str, name: str) -> Path:
+    """A file of a local run folder or of a Hub repository."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not a finished run: {name} is missing")
+        return folder / name
+    try:
+        return Path(cached_file(str(name_or_path), name))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a folder nor a model on the Hub: {error}"
+        ) from error
+
+
+def save_weights(model: nn.Module, folder: Path, leave_out: Sequence[str] = ()) -> None:
+    """Write the model's tensors, but those under the prefixes `leave_out`."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in own_tensors(model).items()
+        if not _is_under(name, leave_out)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{WEIGHTS_FILE}.partial"
+    try:
+        save_file(tensors, beside, metadata={"format": "pt"})
+        os.replace(beside, folder / WEIGHTS_FILE)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, name_or_path: Path | str, leave_out: Sequence[str] = ()) -> None:
+    """Read what `save_weights` wrote. Raises ValueError listing every key that does not fit."""
+    file = find_file(name_or_path, WEIGHTS_FILE)
+    stored = load_file(file)
+    expected = {n: t for n, t in own_tensors(model).items() if not _is_under(n, leave_out)}
+    problems = [f"missing {name}" for name in expected.keys() - stored.keys()]
+    problems += [f"unexpected {name}" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in stored and stored[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"{file} does not fit its configuration: " + "; ".join(sorted(problems)))
+    for name, tensor in expected.items():
+        tensor.data.copy_(stored[name])
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, shared ones once."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _is_under(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

@@ -1,0 +1,105 @@
+"""From finished tokens to captions whose words have points, and words one by one as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pixelllm.tokenizer import Word, words_of_tokens
+
+
+@dataclass(frozen=True)
+class PlacedWord:
+    """A word, the point it is about, the box around that, and the word's log-probability.
+
+    Coordinates are in [0, 1] of the original image.
+    """
+
+    text: str
+    point: tuple[float, float]
+    box: tuple[float, float, float, float]
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A generated caption; `log_prob` is the sum over its tokens, the end token included."""
+
+    text: str
+    words: tuple[PlacedWord, ...]
+    log_prob: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The caption as plain lists, strings and numbers."""
+        words = [{**asdict(w), "point": list(w.point), "box": list(w.box)} for w in self.words]
+        return {"caption": self.text, "words": words, "log_prob": self.log_prob}
+
+
+def place_words(
+    tokenizer: PreTrainedTokenizerFast, token_ids: Tensor, log_probs: Tensor, points: Tensor
+) -> Caption:
+    """One generated row as a caption.
+
+    Args:
+        token_ids: int64[T], from begin to end token, padding allowed.
+        log_probs: float32[T].
+        points: float32[T, 2, 2], corners in [0, 1] of the image, not clamped.
+    """
+    ids = token_ids.tolist()
+    words = words_of_tokens(tokenizer, ids)
+    scores = log_probs.tolist()
+    placed = [
+        place_word(word, [scores[i] for i in word.tokens], points[pointing_token(word, ids, tokenizer)])
+        for word in words
+    ]
+    return Caption(" ".join(word.text for word in words), tuple(placed), sum(scores))
+
+
+def place_word(word: Word, log_probs: Sequence[float], corners: Tensor) -> PlacedWord:
+    """Put the word at the middle of its two predicted corners, float32[2, 2]."""
+    corners = corners.float().clamp(0, 1)
+    x0, y0 = corners.amin(0).tolist()
+    x1, y1 = corners.amax(0).tolist()
+    return PlacedWord(word.text, ((x0 + x1) / 2, (y0 + y1) / 2), (x0, y0, x1, y1), sum(log_probs))
+
+
+def pointing_token(word: Word, ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> int:
+    """The last token of the word that is not punctuation: the one that has read all of it."""
+    lexical = [i for i in word.tokens if any(map(str.isalnum, tokenizer.decode([ids[i]])))]
+    return (lexical or word.tokens)[-1]
+
+
+def stream_words(
+    tokenizer: PreTrainedTokenizerFast, tokens: Iterable[tuple[int, Tensor, float]]
+) -> Iterator[tuple[str, tuple[float, float], float]]:
+    """Words as soon as the token after them shows that they are finished.
+
+    Args:
+        tokens: id, points float32[2, 2] and log-probability of every token, in order.
+
+    Yields:
+        (word, (x, y), log-probability of the word).
+    """
+    ids: list[int] = []
+    corners: list[Tensor] = []
+    scores: list[float] = []
+    num_finished = 0
+
+    def place(word: Word) -> tuple[str, tuple[float, float], float]:
+        point = corners[pointing_token(word, ids, tokenizer)]
+        placed = place_word(word, [scores[i] for i in word.tokens], point)
+        return placed.text, placed.point, placed.log_prob
+
+    for token, points, log_prob in tokens:
+        ids.append(token)
+        corners.append(points)
+        scores.append(log_prob)
+        for word in words_of_tokens(tokenizer, ids)[num_finished:-1]:
+            num_finished += 1
+            yield place(word)
+    for word in words_of_tokens(tokenizer, ids)[num_finished:]:
+        yield place(word)

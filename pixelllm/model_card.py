@@ -1,0 +1,52 @@
+"""The README that a saved model carries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pixelllm.pretrained import PixelLLM
+
+TEMPLATE = """---
+library_name: pixelllm
+pipeline_tag: image-to-text
+---
+
+# {name}
+
+A PixelLLM (Xu et al., CVPR 2024): it captions an image and gives a point for every word.
+
+```python
+from pixelllm import PixelLLM, Processor
+
+model, processor = PixelLLM.from_pretrained("."), Processor.from_pretrained(".")
+caption = model.generate(**processor("image.jpg"))[0]
+for word in caption.words:
+    print(word.text, word.point, word.log_prob)
+```
+
+- recipe `{name}`, {steps} steps of {batch} images, frame {frame} px
+- {parameters:.1f} M parameters, {trained:.1f} M of them trained
+- language trunk: {trunk}
+- frozen pretrained parts: {frozen}
+
+Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the original image.
+"""
+
+
+def model_card(model: PixelLLM) -> str:
+    """Markdown with the model's facts."""
+    config = model.config
+    referenced = not config.include_frozen and config.model.language.trunk is not None
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return TEMPLATE.format(
+        name=config.name,
+        steps=config.train.steps,
+        batch=config.train.batch_size,
+        frame=config.model.frame,
+        parameters=count / 1e6,
+        trained=trained / 1e6,
+        trunk=config.model.language.trunk or "T5 from random weights",
+        frozen="referenced, loaded from their source" if referenced else "included",
+    )

@@ -1,0 +1,172 @@
+"""The named configurations: functions that change a base by a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pixelllm.config import (
+    Config,
+    Eva02Config,
+    Eva02Pretraining,
+    LanguageConfig,
+    LossConfig,
+    ModelConfig,
+    PointConfig,
+    PromptConfig,
+    SamConfig,
+    SamPretraining,
+    Source,
+    TrainConfig,
+)
+
+# The prompts of the official release (reference, section 7.4), with its spelling.
+NARRATION_CONTEXTS = (
+    "A long image caption: ",
+    "A long image description: ",
+    "Write a long description for the image. ",
+    "Write a long description for the photo. ",
+    "Provide a long description of what is presented in the photo. ",
+    "Describe the content of the image in detail. ",
+    "Can you in detail explain what you see in the image? ",
+    "Could you use a few sentences to describe what you perceive in the photo? ",
+    "Please provide a long depiction of the picture. ",
+    "Using language, provide a long account of the image. ",
+    "Use a few senetences to illustrate what is happening in the picture. ",
+)
+CAPTION_CONTEXTS = (
+    "A short image caption: ",
+    "A short image description: ",
+    "A photo of ",
+    "An image that shows ",
+    "Write a short description for the image. ",
+    "Write a description for the photo. ",
+    "Provide a description of what is presented in the photo. ",
+    "Briefly describe the content of the image. ",
+    "Can you briefly explain what you see in the image? ",
+    "Could you use a few words to describe what you perceive in the photo? ",
+    "Please provide a short depiction of the picture. ",
+    "Using language, provide a short account of the image. ",
+    "Use a few words to illustrate what is happening in the picture. ",
+)
+REGION_CONTEXT = "an object of "
+
+TINY_SAM = SamConfig(
+    table_size=160,
+    width=96,
+    depth=4,
+    num_heads=4,
+    out_channels=128,
+    window_size=5,
+    global_blocks=(1, 3),
+    conv_stem=True,
+    half_features=True,
+)
+TINY_EVA02 = Eva02Config(
+    table_size=160,
+    patch_size=16,
+    width=128,
+    depth=4,
+    num_heads=4,
+    drop_path=0.0,
+    conv_stem=True,
+    half_features=True,
+)
+
+
+def scenes_sam() -> SamPretraining:
+    """A small SAM on crowded scenes: what scenes-tiny needs for its frozen half."""
+    train = TrainConfig(
+        steps=500, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, frozen=(), eval_every=250
+    )
+    return SamPretraining(name="scenes-sam", frame=160, sam=TINY_SAM, train=train)
+
+
+def scenes_eva02() -> Eva02Pretraining:
+    """A small EVA02 that knows what and where the objects of scenes are."""
+    train = TrainConfig(
+        steps=600, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, frozen=(), eval_every=300
+    )
+    return Eva02Pretraining(name="scenes-eva02", frame=160, eva02=TINY_EVA02, train=train)
+
+
+def scenes_tiny() -> Config:
+    """PixelLLM on scenes, minutes on two cores."""
+    return Config(
+        name="scenes-tiny",
+        model=ModelConfig(
+            frame=160,
+            sam=TINY_SAM,
+            eva02=TINY_EVA02,
+            prompt=PromptConfig(
+                width=128,
+                num_layers=2,
+                mlp_width=512,
+                output_width=128,
+                value_position=True,
+                from_sam=True,
+            ),
+            language=LanguageConfig(
+                trunk=None,
+                lora_rank=0,
+                width=128,
+                num_encoder_layers=2,
+                num_decoder_layers=3,
+                num_heads=4,
+                ff_width=384,
+                dropout=0.0,
+                vocab_size=512,
+            ),
+            points=PointConfig(hidden=128),
+        ),
+        sources=(Source("narration"),),
+        loss=LossConfig(point=5.0, smoothing=0.0),
+        train=TrainConfig(
+            steps=1500,
+            batch_size=32,
+            lr=2e-3,
+            warmup=100,
+            weight_decay=0.01,
+            betas=(0.9, 0.98),
+            clip=1.0,
+            frozen=("sam", "eva02", "prompt_encoder"),
+            eval_every=250,
+            save_every=250,
+        ),
+        max_tokens=64,
+        max_context=8,
+        include_frozen=True,
+    )
+
+
+def scenes_small() -> Config:
+    """The best that an hour on two cores gives."""
+    tiny = scenes_tiny()
+    return replace(tiny, name="scenes-small", train=replace(tiny.train, steps=12_000))
+
+
+def ln_coco_t5xl() -> Config:
+    """The paper's: Flan-T5-XL with LoRA on Localized Narratives and COCO captions."""
+    return Config(
+        name="ln-coco-t5xl",
+        sources=(
+            Source("caption", weight=1, contexts=CAPTION_CONTEXTS, point_weight=0.0),
+            Source("narration", weight=2, contexts=NARRATION_CONTEXTS),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config | SamPretraining | Eva02Pretraining]] = {
+    "scenes-sam": scenes_sam,
+    "scenes-eva02": scenes_eva02,
+    "scenes-tiny": scenes_tiny,
+    "scenes-small": scenes_small,
+    "ln-coco-t5xl": ln_coco_t5xl,
+}
+
+
+def default_contexts(config: Config) -> tuple[str, str]:
+    """Contexts for the whole image and for a box, where a user gives none."""
+    whole = [source.contexts[0] for source in config.sources if source.task == "narration"]
+    regions = [source.contexts[0] for source in config.sources if source.task == "region"]
+    return (whole or [""])[0], (regions or [REGION_CONTEXT])[0]

@@ -1,0 +1,165 @@
+"""The main stage: PixelLLM learns words and their points from a mixture of sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pixelllm.batches import Batch, TextLimits
+from pixelllm.config import Config
+from pixelllm.feature_cache import FeatureCache
+from pixelllm.losses import point_loss, text_loss
+from pixelllm.mixture import Mixture
+from pixelllm.models.pixelllm import PixelLLMNetwork, Prediction
+from pixelllm.models.prompt import init_from_sam
+from pixelllm.pretrained import PixelLLM
+from pixelllm.tables import Table
+from pixelllm.tokenizer import train_tokenizer
+from pixelllm.training.loop import Stage
+from pixelllm.training.naming import load_eva02_run
+from pixelllm.training.optimizer import freeze
+from pixelllm.training.promptable import check_same, load_sam_run
+
+
+def build_stage(
+    config: Config,
+    tables: list[Table],
+    val: Table,
+    device: torch.device,
+    cache_folder: Path | None = None,
+) -> Stage:
+    """The pieces of this stage for the training loop.
+
+    Args:
+        cache_folder: keep the features of frozen encoders there.
+    """
+    tokenizer = build_tokenizer(config, tables)
+    language = replace(config.model.language, vocab_size=len(tokenizer))
+    if config.model.language.trunk is None:
+        config = replace(config, model=replace(config.model, language=language))
+    model = build_model(config, tokenizer).to(device)
+    freeze(model, config.train.frozen)
+    cache, with_images = None, True
+    if cache_folder is not None:
+        branches = {"sam": model.sam, "eva02": model.eva02}
+        frozen = {name: branch for name, branch in branches.items() if branch.is_frozen}
+        with_images = len(frozen) < len(branches)
+        cache = FeatureCache(cache_folder, frozen, config.model.frame)
+        for table in {id(table): table for table in [*tables, val]}.values():
+            cache.fill(table, device)
+    train = config.train
+    facts = {
+        "tokenizer": tokenizer,
+        "limits": text_limits(config, model),
+        "frame": config.model.frame,
+        "batch_size": train.batch_size // train.accumulate,
+        "seed": train.seed,
+        "cache": cache,
+        "with_images": with_images,
+    }
+    batches = Mixture(tables, config.sources, num_steps=train.steps * train.accumulate, **facts)
+    validation = [source for source in config.sources if source.task == "narration"]
+    val_batches = Mixture(
+        [val], validation or config.sources[:1], num_steps=train.eval_batches, **facts
+    )
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return weighted_losses(predict(model, batch), batch, model, config)
+
+    def validate() -> dict[str, float]:
+        terms = [loss(val_batches[i].to(device)) for i in range(len(val_batches))]
+        means = {k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
+        return {"loss": sum(means.values()), **means}
+
+    return Stage(model, batches, loss, validate, model.save_pretrained)
+
+
+def predict(model: PixelLLMNetwork, batch: Batch) -> Prediction:
+    """The model's teacher-forced prediction for a batch."""
+    return model(batch.images, batch.sizes, batch.boxes, batch.text, batch.features)
+
+
+def weighted_losses(
+    prediction: Prediction, batch: Batch, model: PixelLLM, config: Config
+) -> dict[str, Tensor]:
+    """Text and point loss with the weights of the recipe and of the batch's source.
+
+    Points are compared in units of the padded frame, so that a weight of 0.1 * frame is the
+    official 0.1 on pixels.
+    """
+    language, row_valid = model.language, ~batch.row_padding
+    text = text_loss(
+        prediction.logits,
+        # Padding may share its id with a real token, so the loss gets an id of its own.
+        batch.text.token_ids.masked_fill(batch.text.token_padding, -100),
+        row_valid,
+        pad_id=-100,
+        eos_id=language.eos_id,
+        smoothing=config.loss.smoothing,
+    )
+    num_prompts = batch.boxes.shape[1]
+    frame_share = batch.sizes.flip(-1).float() / config.model.frame  # (B, 2), x and y
+    scale = frame_share.repeat_interleave(num_prompts, dim=0)[:, None, None]  # (R, 1, 1, 2)
+    points = point_loss(
+        prediction.points * scale,
+        batch.points * scale,
+        batch.with_points & row_valid[:, None],
+        kind="l1",
+    )
+    return {
+        "text": config.loss.text * batch.text_weight * text,
+        "point": config.loss.point * batch.point_weight * points,
+    }
+
+
+def text_limits(config: Config, model: PixelLLM) -> TextLimits:
+    return TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
+
+
+def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerFast:
+    """The trunk's tokenizer, or one trained on the captions of the tables."""
+    if config.model.language.trunk is not None:
+        return AutoTokenizer.from_pretrained(config.model.language.trunk)
+    contexts = [context for source in config.sources for context in source.contexts]
+    return train_tokenizer(
+        [*contexts, *_captions(tables, 20_000)], config.model.language.vocab_size
+    )
+
+
+def _captions(tables: list[Table], limit: int) -> Iterable[str]:
+    """Captions and contexts of the first `limit` records of every table."""
+    for table in tables:
+        for chunk in table.rows.data.column("phrases").slice(0, limit).chunks:
+            phrases = chunk.flatten()
+            yield from phrases.field("caption").to_pylist()
+            yield from filter(None, phrases.field("context").to_pylist())
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
+    """A PixelLLM that starts from what the recipe names."""
+    start = config.start
+    if start.run is not None:
+        model = PixelLLM.from_pretrained(start.run)
+        check_same(config.model, model.config.model, str(start.run))
+        model.config, model.tokenizer = config, tokenizer
+        return model
+    model = PixelLLM(config, tokenizer, pretrained=True)
+    if start.sam is not None:
+        sam_config, sam = load_sam_run(start.sam)
+        check_same(config.model.sam, sam_config.sam, str(start.sam))
+        model.sam.load_state_dict(sam.image_encoder.state_dict())
+        model.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
+        if config.model.prompt.from_sam:
+            first = config.model.eva02.width  # SAM's channels come after EVA02's
+            channels = slice(first, first + config.model.sam.out_channels)
+            init_from_sam(model.extractor, sam.mask_decoder, sam.prompt_encoder, channels)
+    if start.eva02 is not None:
+        eva02_config, branch = load_eva02_run(start.eva02)
+        check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
+        model.eva02.load_state_dict(branch.state_dict())
+    return model
