@@ -45,6 +45,66 @@ def greedy_search(next_logits: NextLogits, start: Tensor, eos_id: int) -> tuple[
 
 
 def beam_search(
-    next_logits: NextLogits, start: Tensor, eos_id: int, num_beams: int
+    next_logits: NextLogits,
+    start: Tensor,
+    eos_id: int,
+    num_beams: int,
+    per_beam: int = 2,
+    alpha: float = 0.6,
 ) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """Beam search with a brevity penalty; repetitions are allowed.
+
+    Args:
+        next_logits: scores of the next word for R * num_beams rows, those of one item together.
+        start: int64[R, T], BOS, then EOS everywhere.
+        num_beams: beams kept per item, finished and live each.
+        per_beam: num_beams * per_beam candidates are drawn in each step.
+        alpha: finished beams score log-probability / ((5 + position of EOS) / 6) ** alpha.
+
+    Returns:
+        token_ids int64[R, num_beams, T] and scores float32[R, num_beams], the best last. An
+        item without any finished beam returns its live ones with plain log-probabilities;
+        slots of other items that stayed empty hold zeros and score -1e7.
+    """
+    R, T = start.shape
+    live_ids = start[:, None].repeat(1, num_beams, 1)
+    live = torch.full((R, num_beams), _EMPTY, device=start.device)
+    live[:, -1] = 0.0  # all beams begin alike: only one may be extended
+    done_ids, done = torch.zeros_like(live_ids), torch.full_like(live, _EMPTY)
+    for t in range(T - 2):
+        # A live beam can still reach its log-probability now over the largest penalty.
+        if (done.amin(1) > live.amax(1) / _penalty(T, alpha)).all():
+            break
+        log_probs = next_logits(live_ids.flatten(0, 1), t).float().log_softmax(-1)
+        total = live[..., None] + log_probs.unflatten(0, (R, num_beams))  # (R, beams, V)
+        scores, flat = total.flatten(1).topk(per_beam * num_beams)
+        beams, tokens = flat // total.shape[-1], flat % total.shape[-1]
+        ids = _take(live_ids, beams)
+        ids[..., t + 1] = tokens
+        ended = tokens == eos_id
+        live_ids, live = _best(ids, scores + ended * _EMPTY, num_beams)
+        finished = (scores / _penalty(t + 1, alpha)).masked_fill(~ended, _EMPTY)
+        ids = ids.masked_fill(~ended[..., None], 0)
+        done_ids, done = _best(
+            torch.cat([done_ids, ids], 1), torch.cat([done, finished], 1), num_beams
+        )
+    any_done = (done > _EMPTY).any(1)
+    return (
+        torch.where(any_done[:, None, None], done_ids, live_ids),
+        torch.where(any_done[:, None], done, live),
+    )
+
+
+def _penalty(length: int, alpha: float) -> float:
+    return ((5 + length) / 6) ** alpha
+
+
+def _take(token_ids: Tensor, beams: Tensor) -> Tensor:
+    """Rows int64[R, k] of int64[R, beams, T]."""
+    return token_ids.gather(1, beams[..., None].expand(-1, -1, token_ids.shape[-1]))
+
+
+def _best(token_ids: Tensor, scores: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
+    """The best of each item in increasing order."""
+    scores, beams = scores.topk(num_beams)
+    return _take(token_ids, beams.flip(1)), scores.flip(1)

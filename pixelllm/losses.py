@@ -140,6 +140,10 @@ def token_mask(token_ids: Tensor, exclude: str, bos_id: int, eos_id: int, pad_id
     }
     dropped = torch.zeros_like(is_pad)
     for name in filter(None, exclude.removeprefix("^").split(",")):
+        if name not in kinds:
+            raise ValueError(
+                f"{name!r} is not a kind of token; there are {', '.join(sorted(kinds))}"
+            )
         dropped |= kinds[name]
     return dropped if exclude.startswith("^") else ~dropped
 

@@ -29,3 +29,19 @@ def test_golden_point_predictor(name):
     torch.testing.assert_close(points, case.tensor("out.point_coords"), **case.tolerance)
     logits = head.outputs(hidden)[..., 2:]
     torch.testing.assert_close(logits, case.tensor("out.logits"), **case.tolerance)
+
+
+def test_points_stay_float32_under_autocast():
+    """Between 512 and 1024, bfloat16 can only step by 4 pixels."""
+    head, hidden = PointHead(16, hidden=8), torch.randn(2, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        points = head(hidden)
+    assert points.dtype == torch.float32
+    torch.testing.assert_close(points, head(hidden))
+
+
+def test_an_untrained_head_points_around_the_centre():
+    torch.manual_seed(0)
+    points = PointHead(64, hidden=64)(torch.randn(500, 64))
+    assert points.shape == (500, 2, 2)
+    assert (points.mean((0, 1)) - 0.5).abs().max() < 0.25
