@@ -293,8 +293,34 @@ def test_other_encoder_decoders_are_refused():
         EncoderDecoderLanguage(model)
 
 
-def test_a_trunk_needs_one_end_token():
+def test_a_trunk_without_end_token_is_refused():
     model = llama().model
-    model.config.eos_token_id = [1, 2]
-    with pytest.raises(ValueError, match=r"one EOS id, this llama has \[1, 2\]"):
+    model.config.eos_token_id = None
+    with pytest.raises(ValueError, match="llama model has no end token"):
         DecoderOnlyLanguage(model)
+
+
+def test_special_tokens_missing_or_several_in_the_config():
+    """Chat models list several end tokens; many have no begin or padding token."""
+    model = llama().model
+    model.config.update({"eos_token_id": [5, 6], "bos_token_id": None, "pad_token_id": None})
+    trunk = DecoderOnlyLanguage(model)
+    assert (trunk.bos_id, trunk.eos_id, trunk.pad_id) == (5, 5, 5)
+
+
+def test_generation_settings_of_the_checkpoint_are_ignored(batch):
+    """Chat models come with penalties and sampling, which would spoil greedy decoding."""
+    torch.manual_seed(0)
+    trunk = llama().eval()
+    expected = trunk.generate(*batch, max_new_tokens=8).token_ids
+    trunk.model.generation_config.repetition_penalty = 50.0
+    trunk = DecoderOnlyLanguage(trunk.model)
+    assert torch.equal(trunk.generate(*batch, max_new_tokens=8).token_ids, expected)
+
+
+def test_bfloat16_weights_accept_float32_prefixes(trunk, batch, words):
+    trunk.to(torch.bfloat16)
+    hidden = trunk(*batch, *words)
+    assert trunk.logits(hidden).dtype == torch.float32
+    assert trunk.generate(*batch, max_new_tokens=3).log_probs.dtype == torch.float32
+    assert list(trunk.stream(*(tensor[:1] for tensor in batch), max_new_tokens=2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, Cache, DynamicCache
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from pixelllm.models.language import Generation, Language, Prompt
+from pixelllm.models.trunk import Generation, Language, Prompt
 
 
 class GitDecoder(Language):
@@ -62,8 +62,9 @@ class GitDecoder(Language):
         self.apply(_init)
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        visual = self.visual_projection(prefix)
-        states = torch.cat([visual, self._embed(context_ids).to(visual.dtype)], dim=1)
+        context = self._embed(context_ids)
+        visual = self.visual_projection(prefix).to(context.dtype)
+        states = torch.cat([visual, context], dim=1)
         return Prompt(states, F.pad(context_padding, (prefix.shape[1], 0), value=False))
 
     def decode(
@@ -78,7 +79,7 @@ class GitDecoder(Language):
         seen = 0 if cache is None else cache.get_seq_length()  # positions in the cache
         inputs = self._embed(token_ids, start=max(seen - S, 0))
         if not seen:
-            inputs = torch.cat([prompt.states, inputs.to(prompt.states.dtype)], dim=1)
+            inputs = torch.cat([prompt.states, inputs], dim=1)
         total = seen + inputs.shape[1]
         key = torch.arange(total, device=token_ids.device)
         visible = (key < S) | (key <= key[seen:, None])  # (queries, keys)

@@ -1,20 +1,15 @@
-"""Language trunks: visual tokens and context in, words and their features out.
+"""Language trunks from `transformers`: T5, and any causal model.
 
-PixelLLM paper, section 3.3. Two trunks from `transformers` share one contract: an
-encoder-decoder (Flan-T5 in the paper; visual tokens and context go into the encoder) and a
-decoder-only model (visual tokens, context and words in one causal sequence). A third one, the
-BERT-style decoder of the official release, is in `pixelllm.models.git`.
-
-The feature at position t has seen the words 0..t: it predicts word t + 1 and carries the point
-of word t.
+PixelLLM paper, section 3.3: Flan-T5, whose encoder reads visual tokens and context. The
+decoder-only trunk, which reads visual tokens, context and words in one causal sequence, is
+ours. A third trunk, the official release's BERT-style decoder, is in `pixelllm.models.git`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,190 +31,35 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from pixelllm.decoding import beam_search, greedy_search
+from pixelllm.models.trunk import Generation, Language, Prompt
 
 # The official code adds this to masked attention scores. Unlike -inf it makes a row without any
 # valid key an average over all keys.
 _MASKED = -1e10
 
 
-class Prompt(NamedTuple):
-    """What the words are conditioned on.
-
-    Args:
-        states: float[R, S, D], visual tokens then context; encoded if the trunk has an encoder.
-        padding: bool[R, S], True on padding.
-    """
-
-    states: Tensor
-    padding: Tensor
-
-    def repeat(self, times: int) -> Prompt:
-        """Every row `times` times in a row, as beams want it."""
-        return Prompt(*(tensor.repeat_interleave(times, dim=0) for tensor in self))
-
-
-class Generation(NamedTuple):
-    """Finished words with the features that a parallel (teacher forced) pass over them gives.
-
-    Args:
-        token_ids: int64[R, T], from BOS to EOS, then padding.
-        padding: bool[R, T], True after EOS.
-        log_probs: float32[R, T], natural log-probability of each token under the model (without
-            temperature or penalties), 0 at BOS and on padding. The log-probability of the
-            sentence is their sum, EOS included.
-        hidden: float[R, T, D].
-    """
-
-    token_ids: Tensor
-    padding: Tensor
-    log_probs: Tensor
-    hidden: Tensor
-
-
-class Language(nn.Module, ABC):
-    """The contract of a trunk.
-
-    Args:
-        width: D, the width of visual tokens going in and of features coming out.
-        vocab_size: V.
-        pad_id, bos_id, eos_id: `token_ids` begin with BOS; for T5 that is its padding id, 0.
-    """
-
-    def __init__(self, width: int, vocab_size: int, pad_id: int, bos_id: int, eos_id: int):
-        super().__init__()
-        self.width = width
-        self.vocab_size = vocab_size
-        self.pad_id = pad_id
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-
-    def forward(
-        self,
-        prefix: Tensor,
-        context_ids: Tensor,
-        context_padding: Tensor,
-        token_ids: Tensor,
-        token_padding: Tensor,
-    ) -> Tensor:
-        """Features of given words (teacher forcing).
-
-        Args:
-            prefix: float[R, N, D], visual tokens.
-            context_ids: int64[R, C], C may be 0.
-            context_padding: bool[R, C], True on padding.
-            token_ids: int64[R, T], BOS first, padded at the end.
-            token_padding: bool[R, T], True on padding.
-
-        Returns:
-            float[R, T, D] after the final norm; meaningless where `token_padding`.
-        """
-        prompt = self.encode(prefix, context_ids, context_padding)
-        return self.decode(prompt, token_ids, token_padding)
-
-    @abstractmethod
-    def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        """The part of `forward` that does not depend on the words."""
-
-    @abstractmethod
-    def decode(
-        self,
-        prompt: Prompt,
-        token_ids: Tensor,
-        token_padding: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """The rest of `forward`; with a cache, `token_ids` continue the words already in it."""
-
-    @abstractmethod
-    def new_cache(self) -> Cache:
-        """An empty key-value cache for `decode`."""
-
-    @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary head, outside autocast: float[..., D] -> float32[..., V]."""
-
-    @torch.no_grad()
-    def stream(
-        self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor, max_new_tokens: int
-    ) -> Iterator[tuple[int, Tensor, float]]:
-        """Greedy decoding of one row that yields every word as soon as its feature exists.
-
-        Yields:
-            token id, feature float[1, D] of that token, its log-probability; EOS only ends.
-        """
-        prompt = self.encode(prefix, context_ids, context_padding)
-        cache = self.new_cache()
-        token = torch.tensor([self.bos_id], device=prefix.device)
-        hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
-        for _ in range(max_new_tokens):
-            log_prob, token = self.logits(hidden).log_softmax(-1).max(-1)
-            if token.item() == self.eos_id:
-                return
-            hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
-            yield token.item(), hidden, log_prob.item()
-
-    @torch.no_grad()
-    def generate_official(
-        self,
-        prefix: Tensor,
-        context_ids: Tensor,
-        context_padding: Tensor,
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-    ) -> Generation:
-        """Decode by the rules of the official release (`pixelllm.decoding`), without a cache."""
-        prompt = self.encode(prefix, context_ids, context_padding)
-        beams = prompt.repeat(num_beams)
-        R, length = len(prefix), max_new_tokens + 2  # the official loop never fills the last slot
-        start = torch.full((R, length), self.eos_id, device=prefix.device)
-        start[:, 0] = self.bos_id
-
-        def next_logits(token_ids: Tensor, t: int) -> Tensor:
-            return self.logits(self.decode(beams, token_ids[:, : t + 1])[:, -1])
-
-        if num_beams == 1:
-            token_ids, _ = greedy_search(next_logits, start, self.eos_id)
-        else:
-            all_ids, _ = beam_search(next_logits, start, self.eos_id, num_beams)
-            token_ids = all_ids[:, -1]
-        return self._finish(prompt, token_ids[:, : length - 1])
-
-    def _finish(self, prompt: Prompt, token_ids: Tensor) -> Generation:
-        """One parallel pass over generated words (T may shrink to the longest row)."""
-        is_eos = token_ids == self.eos_id
-        is_eos[:, 0] = False  # BOS and EOS may share an id
-        padding = is_eos.cumsum(1) - is_eos.long() > 0
-        T = int((~padding).sum(1).max())
-        padding = padding[:, :T]
-        token_ids = token_ids[:, :T].masked_fill(padding, self.pad_id)
-        hidden = self.decode(prompt, token_ids, padding)
-        predicted = self.logits(hidden[:, :-1]).log_softmax(-1)  # (R, T - 1, V)
-        log_probs = predicted.gather(-1, token_ids[:, 1:, None])[..., 0]
-        log_probs = F.pad(log_probs, (1, 0)).masked_fill(padding, 0.0)
-        return Generation(token_ids, padding, log_probs, hidden)
-
-
 class TransformersLanguage(Language):
     """A trunk around a `transformers` model, which generates through that library.
 
     Args:
-        model: with `lm_head` and input embeddings.
-        bos_id: the id the words begin with.
+        model: with `lm_head` and an EOS id; of several EOS ids the first is used.
+        bos_id: the id the words begin with; None takes EOS.
     """
 
-    def __init__(self, model: PreTrainedModel, bos_id: int):
+    def __init__(self, model: PreTrainedModel, bos_id: int | None):
         config = model.config
-        eos_id = config.eos_token_id
-        if not isinstance(eos_id, int):
+        if config.eos_token_id is None:
             raise ValueError(
-                f"a trunk needs one EOS id, this {config.model_type} has {eos_id}; "
-                "set eos_token_id in its config"
+                f"this {config.model_type} model has no end token, so its captions would never "
+                "end; set eos_token_id in its config.json"
             )
+        eos_id = torch.tensor(config.eos_token_id).flatten()[0].item()
         pad_id = eos_id if config.pad_token_id is None else config.pad_token_id
+        bos_id = eos_id if bos_id is None else bos_id
         super().__init__(config.hidden_size, config.vocab_size, pad_id, bos_id, eos_id)
         self.model = model
+        # Otherwise its penalties and sampling settings would fill in where we set nothing.
+        model.generation_config = GenerationConfig()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64[R, T] -> float[R, T, D]"""
@@ -290,7 +130,7 @@ class EncoderDecoderLanguage(TransformersLanguage):
         if model.config.model_type not in ("t5", "mt5"):
             raise ValueError(f"{model.config.model_type} is not of the T5 family")
         start = model.config.decoder_start_token_id
-        super().__init__(model, bos_id=model.config.pad_token_id if start is None else start)
+        super().__init__(model, model.config.pad_token_id if start is None else start)
         self.official_masks = official_masks
         # The stacks share one dropout between input and output; it moves into this class.
         self.dropout = nn.Dropout(model.config.dropout_rate)
@@ -298,7 +138,7 @@ class EncoderDecoderLanguage(TransformersLanguage):
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
         context = self.dropout(self.embed(context_ids))
-        states = torch.cat([prefix, context.to(prefix.dtype)], dim=1)
+        states = torch.cat([prefix.to(context.dtype), context], dim=1)
         padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
         mask = _pair_mask(padding, padding) if self.official_masks else ~padding
         encoded = self.model.encoder(inputs_embeds=states, attention_mask=mask)
@@ -353,13 +193,12 @@ class DecoderOnlyLanguage(TransformersLanguage):
     """
 
     def __init__(self, model: PreTrainedModel):
-        bos_id = model.config.bos_token_id
-        super().__init__(model, bos_id=model.config.eos_token_id if bos_id is None else bos_id)
+        super().__init__(model, model.config.bos_token_id)
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        context = self.embed(context_ids).to(prefix.dtype)
+        context = self.embed(context_ids)
         padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
-        return Prompt(torch.cat([prefix, context], dim=1), padding)
+        return Prompt(torch.cat([prefix.to(context.dtype), context], dim=1), padding)
 
     def decode(
         self,
@@ -375,7 +214,7 @@ class DecoderOnlyLanguage(TransformersLanguage):
         if past:
             num_words += past - prompt.states.shape[1]
         else:
-            inputs = torch.cat([prompt.states, inputs.to(prompt.states.dtype)], dim=1)
+            inputs = torch.cat([prompt.states, inputs], dim=1)
         valid = F.pad(~prompt.padding, (0, num_words), value=True)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
         hidden = self.model.base_model(
@@ -392,7 +231,7 @@ class DecoderOnlyLanguage(TransformersLanguage):
 
     def _search(self, prompt: Prompt, config: GenerationConfig) -> Tensor:
         bos = torch.full((len(prompt.states), 1), self.bos_id, device=prompt.states.device)
-        inputs = torch.cat([prompt.states, self.embed(bos).to(prompt.states.dtype)], dim=1)
+        inputs = torch.cat([prompt.states, self.embed(bos)], dim=1)
         valid = F.pad(~prompt.padding, (0, 1), value=True)
         words = self.model.generate(
             inputs_embeds=inputs, attention_mask=valid.long(), generation_config=config
