@@ -35,16 +35,29 @@ def score_captions(
     Raises:
         ValueError: ids on one side only, no ids, or an id without references.
     """
-    _check_ids(hypotheses, references)
-    candidates = _tokenize_in_turn(hypotheses.values())
-    flat = iter(_tokenize_in_turn(text for texts in references.values() for text in texts))
-    tokens = {key: [next(flat) for _ in texts] for key, texts in references.items()}
-    truths = [tokens[key] for key in hypotheses]
+    check_ids(hypotheses, references)
+    candidates, truths = tokenize_pairs(hypotheses, references)
     rouge = float(np.mean(list(map(rouge_l, candidates, truths))))
     candidates = [_split_fractions(tokens) for tokens in candidates]
     truths = [[_split_fractions(tokens) for tokens in texts] for texts in truths]
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(candidates, truths), start=1)}
     return scores | {"rouge_l": rouge, "cider_d": float(np.mean(cider_d(candidates, truths)))}
+
+
+def tokenize_pairs(
+    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Tokens of the candidates, and of their references, in the order of `hypotheses`.
+
+    COCO tokenises all captions of a side as one text, where the next one can matter.
+    """
+
+    def in_turn(captions: list[str]) -> list[list[str]]:
+        return [tokenize(*pair) for pair in zip(captions, [*captions[1:], ""], strict=True)]
+
+    flat = iter(in_turn([text for texts in references.values() for text in texts]))
+    tokens = {key: [next(flat) for _ in texts] for key, texts in references.items()}
+    return in_turn(list(hypotheses.values())), [tokens[key] for key in hypotheses]
 
 
 def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -161,18 +174,13 @@ def _common_subsequence(first: Tokens, second: Tokens) -> int:
     return lengths[-1]
 
 
-def _tokenize_in_turn(captions: Iterable[str]) -> list[list[str]]:
-    """COCO tokenises all captions as one text, where the next one can matter: see `tokenize`."""
-    captions = list(captions)
-    return [tokenize(*pair) for pair in zip(captions, [*captions[1:], ""], strict=True)]
-
-
 def _split_fractions(tokens: Tokens) -> list[str]:
     """In "3 1/2", one token with a no-break space, the reference's n-grams see two words."""
     return [word for token in tokens for word in token.split()]
 
 
-def _check_ids(hypotheses: Mapping, references: Mapping) -> None:
+def check_ids(hypotheses: Mapping, references: Mapping) -> None:
+    """Refuse ids of one side only, no ids at all, and ids without references."""
     if not hypotheses and not references:
         raise ValueError("no captions to score")
     for key, texts in references.items():
