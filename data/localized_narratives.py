@@ -1,10 +1,7 @@
 """Localized Narratives -> a table of records: one narration per line, words with their places.
 
 Reads the published JSON Lines files (Pont-Tuset et al., ECCV 2020) of all four parts, COCO,
-Flickr30k, ADE20K and Open Images, and files in the same layout. Example:
-
-    python -m data.localized_narratives coco_val_localized_narratives.jsonl \\
-        --images coco --out tables/ln_coco_val
+Flickr30k, ADE20K and Open Images, and files in the same layout.
 """
 
 from __future__ import annotations
@@ -264,6 +261,8 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
 
     Raises FileNotFoundError or ValueError on the first bad item; then nothing is written.
     """
+    if not files:
+        raise ValueError("no annotation file given")
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such annotation file")
@@ -290,6 +289,9 @@ def main(
     skip_missing: bool = False,
 ) -> None:
     """Turn Localized Narratives into a table of records with a place for every word.
+
+    python -m data.localized_narratives coco_val_localized_narratives.jsonl --images coco \\
+        --out tables/ln_coco_val --num-proc 2
 
     Args:
         annotations: shards, .jsonl or .jsonl.gz.

@@ -236,6 +236,8 @@ def test_a_damaged_archive_is_named(tmp_path, images):
 
 
 def test_missing_inputs_are_named(tmp_path, images):
+    with pytest.raises(ValueError, match="no annotation file"):
+        convert([], Options(images), tmp_path / "t")
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         convert([tmp_path / "nowhere.jsonl"], Options(images), tmp_path / "t")
     with pytest.raises(FileNotFoundError, match="--images .*nowhere"):
