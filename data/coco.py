@@ -78,7 +78,7 @@ def _load(file: Path) -> dict[str, Any]:
         if not isinstance(entries, list):
             raise ValueError(f"{file}: no list {part!r}; is it a COCO instances or captions file?")
         for number, entry in enumerate(entries):
-            missing = [key for key in keys if key not in entry]
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if missing:
                 raise ValueError(f"{file}: {part}[{number}] has no {', '.join(missing)}")
     return content

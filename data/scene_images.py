@@ -235,7 +235,7 @@ def draw_scene(rng: Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray, np
         masks[index, rows, columns] = cover[inside] >= 0.5
         areas[index] = masks[index].sum()
     visible = masks.sum(axis=(1, 2)) / areas.clip(min=1)
-    return picture.clip(0, 255).astype(np.uint8), masks, visible
+    return np.clip(picture, 0, 255, out=picture).astype(np.uint8), masks, visible
 
 
 def _clip(start: int, length: int, limit: int) -> slice:
@@ -323,7 +323,7 @@ def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndar
     height, width = size
     rows = (rng.integers(TILE) + np.arange(height)) % TILE
     columns = (rng.integers(TILE) + np.arange(width)) % TILE
-    crop = _texture(name)[rows].take(columns, axis=1)
+    crop = _texture(name)[rows].take(columns, axis=1).astype(np.float32)
     down, across = rng.uniform(-0.12, 0.12, size=2)
     light = rng.uniform(0.92, 1.06) + (
         down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
@@ -335,11 +335,12 @@ def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndar
 
 @functools.cache
 def _texture(name: str) -> np.ndarray:
-    """float32[TILE, TILE, 3] in about 0..255, periodic."""
+    """uint8[TILE, TILE, 3], periodic."""
     rng = np.random.default_rng(BACKGROUNDS.index(name))
     rows, columns = np.mgrid[:TILE, :TILE]
     base, relief = TEXTURES[name]
-    return np.float32(base) * (1 + relief(rng, rows, columns))[..., None].astype(np.float32)
+    texture = np.array(base) * (1 + relief(rng, rows, columns))[..., None]
+    return texture.clip(0, 255).astype(np.uint8)
 
 
 def _noise(rng: Generator, tall: float, wide: float) -> np.ndarray:

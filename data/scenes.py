@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -227,13 +227,11 @@ def write_scenes(options: Options) -> bool:
     shutil.rmtree(beside, ignore_errors=True)
     (beside / "annotations").mkdir(parents=True)
     try:
-        with multiprocessing.Pool(options.num_proc) as pool:
-            for split, count in (("train", options.train), ("val", options.val)):
-                if count:
-                    (beside / split).mkdir()
-                    work = partial(_write_example, options, beside, split)
-                    parts = pool.imap(work, range(count), chunksize=16)
-                    _write_split(tqdm(parts, f"{split} scenes", count), beside, split)
+        for split, count in (("train", options.train), ("val", options.val)):
+            if count:
+                (beside / split).mkdir()
+                parts = _parts(options, beside, split, count)
+                _write_split(tqdm(parts, f"{split} scenes", count), beside, split)
         (beside / OPTIONS_FILE).write_text(json.dumps(options.described(), indent=2) + "\n")
         if out.exists():
             out.rmdir()
@@ -242,6 +240,16 @@ def write_scenes(options: Options) -> bool:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return True
+
+
+def _parts(options: Options, folder: Path, split: str, count: int) -> Iterator[dict[str, Any]]:
+    work = partial(_write_example, options, folder, split)
+    if options.num_proc == 1:
+        yield from map(work, range(count))
+        return
+    context = multiprocessing.get_context("spawn")  # safe beside threads
+    with context.Pool(options.num_proc) as pool:
+        yield from pool.imap(work, range(count), chunksize=16)
 
 
 def _is_complete(options: Options) -> bool:
@@ -261,7 +269,7 @@ def _is_complete(options: Options) -> bool:
     return True
 
 
-def _write_split(parts: Iterator[dict[str, Any]], folder: Path, split: str) -> None:
+def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> None:
     annotations = folder / "annotations"
     info = {"description": f"procedural scenes, {split}", "version": "1.0"}
     images: list[dict[str, Any]] = []
