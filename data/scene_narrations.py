@@ -48,6 +48,10 @@ BACKDROPS = {
 }
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
 FILLERS = ("um", "uh", "well", "maybe")
+CHANCES = {  # of a filler, a size, a place, the background
+    "short": (0.06, 0.35, 0.12, 0.3),
+    "long": (0.15, 0.9, 0.5, 0.9),
+}
 RATE = 60  # points per second while the hand moves
 WHOLE = np.array([0.08, 0.08, 0.92, 0.92])  # where it sweeps for the background
 
@@ -111,19 +115,19 @@ def _described(
     rng: Generator, scene: Scene, indices: list[int], verbosity: Verbosity
 ) -> list[Word]:
     """The words of the narration with their targets, punctuation attached, without times."""
-    long = verbosity == "long"
+    filler, size, place, background = CHANCES[verbosity]
     text: list[tuple[str, Target]] = [(_pick(rng, OPENINGS), None)]
     for position, index in enumerate(indices):
         thing = scene.objects[index]
         if position:
             before = scene.objects[indices[position - 1]]
             text.append((_connector(rng, scene, before, thing), None))
-        if position and rng.random() < (0.15 if long else 0.06):
+        if position and rng.random() < filler:
             text.append((_pick(rng, FILLERS), None))
-        text.append((_noun_phrase(rng, thing, 0.9 if long else 0.35), index))
-        if rng.random() < (0.5 if long else 0.12):
+        text.append((_noun_phrase(rng, thing, size), index))
+        if rng.random() < place:
             text.append((_place(thing), index))
-    if rng.random() < (0.9 if long else 0.3):
+    if rng.random() < background:
         opening, _, end = _pick(rng, CLOSINGS).partition(" {}")
         text += [(opening, None), (BACKDROPS[scene.background] + end, "background")]
     else:

@@ -1,11 +1,11 @@
 """Procedural scenes as a data set in the formats the corpora publish.
 
+    python -m data.scenes runs/scenes --train 20000 --val 500 --seed 0
+    python -m data.scenes runs/crowded --train 4000 --objects 10 14 --min-size 0.13 --max-size 0.3
+
 Writes JPEG images, Localized Narratives JSON Lines, COCO instances and captions, and a truth
 file that says which object every mention is about. Scene i of a split depends on the seed, the
 split, i and the world, on nothing else.
-
-    python -m data.scenes runs/scenes --train 20000 --val 500 --seed 0
-    python -m data.scenes runs/crowded --train 4000 --objects 10 14 --min-size 0.13 --max-size 0.3
 """
 
 from __future__ import annotations
@@ -297,7 +297,9 @@ def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> N
 
 def main() -> None:
     try:
-        options = tyro.cli(tyro.conf.OmitArgPrefixes[Options], description=__doc__)
+        options = tyro.cli(
+            tyro.conf.OmitArgPrefixes[Options], prog="python -m data.scenes", description=__doc__
+        )
         written = write_scenes(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
