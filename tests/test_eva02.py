@@ -104,6 +104,7 @@ def test_drop_path_grows_with_depth_and_only_trains():
     encoder = eva02(56, 14, 24, 3, 3, drop_path=0.2)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.vit.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
-    images = torch.randn(1, 3, 56, 56)
+    images = torch.randn(16, 3, 56, 56)
+    assert not torch.equal(encoder(images), encoder(images))
     encoder.eval()
     assert torch.equal(encoder(images), encoder(images))

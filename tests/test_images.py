@@ -126,6 +126,7 @@ def test_something_else_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("factor", [1.5, 10])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as outside the suite
 def test_decompression_bomb_is_refused_before_decoding(factor: float, monkeypatch):
     """Pillow only warns up to twice its limit, and training must not die of memory."""
     data = encode(Image.new("1", (100, 100)), "PNG")

@@ -41,6 +41,10 @@ def official_encoder() -> official.ImageEncoderViT:
 
 def test_encoder_equals_segment_anything(generator: torch.Generator):
     theirs, ours = shake(official_encoder()), SamEncoder(**SIZES)
+    with torch.no_grad():  # small activations, so that the epsilon of the norms counts
+        theirs.pos_embed.mul_(0.01)
+        theirs.patch_embed.proj.weight.mul_(0.001)
+        theirs.patch_embed.proj.bias.zero_()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 64, 64, generator=generator)
     assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
@@ -75,6 +79,20 @@ def test_golden_sam_vit(name: str):
 def test_features_cover_an_input_of_any_size(size: tuple[int, int]):
     encoder = SamEncoder(**SIZES)
     assert encoder(torch.zeros(1, 3, *size)).shape == (1, 16, size[0] // 8, size[1] // 8)
+
+
+@pytest.mark.parametrize("size", [64, 40])
+def test_encoder_runs_in_its_own_dtype(size: int, generator: torch.Generator):
+    """A frozen encoder of 632 M parameters is held in bfloat16; tables must follow."""
+    encoder = SamEncoder(**SIZES).eval()
+    images = torch.randn(1, 3, size, size, generator=generator)
+    expected = encoder(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encoder(images)
+    own = encoder.bfloat16()(images.bfloat16())
+    assert own.dtype == torch.bfloat16
+    for features in (cast, own):
+        assert_close(features.float(), expected, atol=0.1, rtol=0.1)
 
 
 def test_input_that_cuts_a_patch_is_refused():
