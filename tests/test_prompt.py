@@ -143,8 +143,9 @@ def test_grid_queries_start_as_points_of_a_regular_grid():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        (dict(depth=3), {}, "3"),
-        (dict(mlp_width=24), {}, "24"),
+        (dict(depth=3), {}, "depth 3"),
+        (dict(mlp_width=24), {}, "mlp_dim 24"),
+        (dict(num_heads=4), {}, "num_heads 4"),  # the shapes alone would fit
         ({}, dict(sam_channels=slice(16, None)), "not 16 channels"),
         ({}, dict(points_per_side=3), "9 grid points but 6 tokens"),
     ],

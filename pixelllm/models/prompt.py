@@ -113,7 +113,7 @@ def init_from_sam(
     all, and starts the learned tokens at SAM's mask token. Small models depend on it.
 
     Args:
-        extractor: of the decoder's width and depth, which is also the prompt encoder's width.
+        extractor: its transformer has the decoder's sizes.
         mask_decoder: trained.
         prompt_encoder: its companion.
         sam_channels: where SAM's features lie among the extractor's input channels.
@@ -123,20 +123,20 @@ def init_from_sam(
     Raises:
         ValueError: sizes differ, or there are more grid points than tokens.
     """
-    width, depth = extractor.output_tokens.shape[1], extractor.transformer.depth
-    decoder = mask_decoder.transformer
+    width = extractor.output_tokens.shape[1]
     num_points = points_per_side**2
-    expected = (decoder.embedding_dim, decoder.depth, decoder.mlp_dim)
-    if expected != (width, depth, extractor.transformer.mlp_dim):
-        raise ValueError(
-            f"the extractor has width, depth and MLP width {width}, {depth} and "
-            f"{extractor.transformer.mlp_dim}, SAM's mask decoder {expected}; they must be equal"
-        )
+    for size in ("embedding_dim", "depth", "num_heads", "mlp_dim"):
+        ours, theirs = (getattr(m.transformer, size) for m in (extractor, mask_decoder))
+        if ours != theirs:
+            raise ValueError(
+                f"the extractor's transformer has {size} {ours}, that of SAM's mask decoder "
+                f"{theirs}; they must be equal to start one from the other"
+            )
     if len(range(extractor.image_projection.in_features)[sam_channels]) != width:
         raise ValueError(f"{sam_channels} of the image features is not {width} channels wide")
     if num_points > len(extractor.output_tokens):
         raise ValueError(f"{num_points} grid points but {len(extractor.output_tokens)} tokens")
-    extractor.transformer.load_state_dict(decoder.state_dict())
+    extractor.transformer.load_state_dict(mask_decoder.transformer.state_dict())
     extractor.image_projection.bias.zero_()
     extractor.image_projection.weight.zero_()[:, sam_channels].fill_diagonal_(1)
     if extractor.value_projection is not None:
