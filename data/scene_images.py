@@ -287,22 +287,30 @@ def _posed(
     rng: Generator, thing: SceneObject, half: float, center: tuple[float, float]
 ) -> list[tuple[str, np.ndarray]]:
     """The kind's shape turned, mirrored and stretched a little, fitted into a square, in pixels."""
-    shape = SHAPES[thing.kind]
-    points = np.concatenate([part for _, part in shape])
+    tones, points, ends = _outline(thing.kind)
     stretch = np.array([rng.uniform(0.9, 1.1) * rng.choice((-1, 1)), 1.0])
     angle = np.radians(thing.angle)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     points = (points * stretch) @ turn
     low, high = points.min(axis=0), points.max(axis=0)
     points = (points - (low + high) / 2) * (2 * half / (high - low).max()) + center
-    ends = np.cumsum([len(part) for _, part in shape])[:-1]
-    return [(tone, part) for (tone, _), part in zip(shape, np.split(points, ends), strict=True)]
+    bounds = zip((0, *ends), (*ends, len(points)), strict=True)
+    return [(tone, points[a:b]) for tone, (a, b) in zip(tones, bounds, strict=True)]
+
+
+@functools.cache
+def _outline(kind: str) -> tuple[list[str], np.ndarray, list[int]]:
+    """Tones of the parts, all their points in one array, and where each part but the last ends."""
+    tones, parts = zip(*SHAPES[kind], strict=True)
+    ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
+    return list(tones), np.concatenate(parts), ends
 
 
 def _tones(rng: Generator, colour: Colour) -> dict[str, Colour]:
-    base = np.clip(np.array(colour) * rng.uniform(0.92, 1.04), 0, 255)
+    strength = rng.uniform(0.92, 1.04)
+    base = tuple(min(255, round(strength * value)) for value in colour)
     return {
-        "body": _mix(base, base, 0),
+        "body": base,
         "dark": _mix(base, (0, 0, 0), 0.25),
         "light": _mix(base, (255, 255, 255), 0.45),
         "outline": _mix(base, (20, 16, 24), 0.78),
@@ -313,9 +321,8 @@ def _tones(rng: Generator, colour: Colour) -> dict[str, Colour]:
     }
 
 
-def _mix(colour: np.ndarray, other: Colour | np.ndarray, share: float) -> Colour:
-    mixed = np.asarray(colour) * (1 - share) + np.asarray(other) * share
-    return tuple(int(value) for value in mixed)
+def _mix(colour: Colour, other: Colour, share: float) -> Colour:
+    return tuple(int(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
 
 
 def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -267,7 +268,7 @@ def _trace(rng: Generator, words: list[Word], boxes: np.ndarray) -> list[list[di
     values = np.column_stack([path.round(4), times.round(3)])[kept]
     points = [{"x": x, "y": y, "t": t} for x, y, t in values.tolist()]
     edges = [0, *np.flatnonzero(np.diff(stretches)) + 1, len(points)]
-    return [points[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [points[start:end] for start, end in pairwise(edges)]
 
 
 def _carrier(rng: Generator, visits: list[_Visit], times: np.ndarray) -> np.ndarray:
@@ -279,8 +280,12 @@ def _carrier(rng: Generator, visits: list[_Visit], times: np.ndarray) -> np.ndar
         arrive = max(visit.start, leave + 0.15)
         stops += [(leave, stops[-1][1]), (arrive, center), (max(arrive, visit.end), center)]
     path = np.tile(stops[-1][1], (len(times), 1))
-    for (start, source), (end, target) in zip(stops[:-1], stops[1:], strict=True):
-        first, last = np.searchsorted(times, (start, end))
+    edges = np.searchsorted(times, [moment for moment, _ in stops])
+    for number, ((start, source), (end, target)) in enumerate(pairwise(stops)):
+        first, last = edges[number], edges[number + 1]
+        if source is target:
+            path[first:last] = source
+            continue
         share = ((times[first:last] - start) / max(end - start, 1e-6))[:, None]
         bow = rng.normal(0, 0.12) * (target - source)[::-1] * (1, -1)
         eased = share**2 * (3 - 2 * share)
@@ -309,7 +314,7 @@ def _rests(
 ) -> tuple[np.ndarray, list[float]]:
     """Which times have a point, bool[n], and when the pointer comes back after it was lifted."""
     kept, lifts = np.ones(len(times), dtype=bool), []
-    for before, after in zip(visits[:-1], visits[1:], strict=True):
+    for before, after in pairwise(visits):
         free, chance = after.start - before.end, rng.random()
         if free > 0.3 and chance < 0.6:
             start = before.end + rng.uniform(0, 0.5) * free

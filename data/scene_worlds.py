@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from numpy.random import Generator
 
 COLOURS = {
@@ -26,6 +27,7 @@ COLOURS = {
 Pair = tuple[str, str]  # colour, kind
 Square = tuple[str, tuple[float, float], float]  # size word, centre in [0, 1], side in pixels
 
+TRIES = 40  # places looked at for every object
 SIZES = ("small", "medium", "large")
 KINDS = (
     "car", "house", "tree", "fish", "star", "heart", "boat", "cup", "umbrella", "mushroom",
@@ -170,7 +172,7 @@ def _place_squares(rng: Generator, world: World) -> list[Square]:
     count = int(rng.integers(smallest, largest + 1))
     for attempt in range(60):
         squares = _fitting_squares(rng, world, count)
-        if len(squares) == count or (attempt >= 5 and len(squares) >= smallest):
+        if len(squares) == count or (attempt >= 2 and len(squares) >= smallest):
             return squares
     raise ValueError(
         f"{smallest} objects of sizes {world.min_size} to {world.max_size} do not fit into an "
@@ -179,37 +181,30 @@ def _place_squares(rng: Generator, world: World) -> list[Square]:
 
 
 def _fitting_squares(rng: Generator, world: World, count: int) -> list[Square]:
-    """Up to `count` squares, each tried at a few places until it is clear of the others."""
-    height, width = world.size
-    gap = min(world.center_gap, 0.4 / world.objects[1])
-    squares: list[Square] = []
+    """Up to `count` squares, each the first of some tried ones that is clear of the others."""
+    extent = np.array(world.size[::-1], dtype=float)  # width, height
+    gap = min(world.center_gap, 0.4 / world.objects[1]) * extent[0]
+    words: list[str] = []
+    sides, centers = np.zeros(0), np.zeros((0, 2))
     for _ in range(count):
-        for _ in range(40):
-            size, side = _draw_size(rng, world)
-            x = rng.uniform(side / 2, width - side / 2)
-            y = rng.uniform(side / 2, height - side / 2)
-            if all(
-                abs(x / width - other_x) >= gap
-                and _overlap(x - other_x * width, y - other_y * height, side, other)
-                <= world.max_overlap
-                for _, (other_x, other_y), other in squares
-            ):
-                squares.append((size, (float(x / width), float(y / height)), side))
-                break
-    return squares
+        word, side = _draw_sizes(rng, world)
+        center = side[:, None] / 2 + rng.random((TRIES, 2)) * (extent - side[:, None])
+        apart = np.abs(center[:, None] - centers)  # (TRIES, squares so far, 2)
+        small, reach = np.minimum(side[:, None], sides), (side[:, None] + sides) / 2
+        shared = (reach[..., None] - apart).clip(0, small[..., None]).prod(-1) / small**2
+        clear = ((apart[..., 0] >= gap) & (shared <= world.max_overlap)).all(axis=1)
+        if clear.any():
+            first = int(clear.argmax())
+            words.append(SIZES[word[first]])
+            sides = np.append(sides, side[first])
+            centers = np.vstack([centers, center[first]])
+    places = [(float(x), float(y)) for x, y in centers / extent]
+    return list(zip(words, places, sides.tolist(), strict=True))
 
 
-def _draw_size(rng: Generator, world: World) -> tuple[str, float]:
-    """A size word and a side in pixels; the words' ranges do not touch."""
-    index = int(rng.integers(len(SIZES)))
-    share = (index + rng.uniform(0.15, 0.85)) / len(SIZES)
+def _draw_sizes(rng: Generator, world: World) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of size words and sides in pixels, TRIES each; the words' ranges do not touch."""
+    word = rng.integers(len(SIZES), size=TRIES)
+    share = (word + rng.uniform(0.15, 0.85, size=TRIES)) / len(SIZES)
     side = world.min_size + share * (world.max_size - world.min_size)
-    return SIZES[index], float(side * min(world.size))
-
-
-def _overlap(dx: float, dy: float, side: float, other: float) -> float:
-    """Share of the smaller square that the larger one covers; dx, dy between their centres."""
-    small, reach = min(side, other), (side + other) / 2
-    across = min(small, max(0.0, reach - abs(dx)))
-    down = min(small, max(0.0, reach - abs(dy)))
-    return across * down / small**2
+    return word, side * min(world.size)
