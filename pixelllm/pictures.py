@@ -43,8 +43,10 @@ def check_caption(caption: dict[str, Any]) -> None:
         if key not in caption:
             raise ValueError(f"{name}: the caption has no {key!r}; found {sorted(caption)}")
     for number, word in enumerate(caption["words"]):
+        if not {"text", "point", "box"} <= word.keys():
+            raise ValueError(f"{name}: word {number} needs text, point and box; found {word}")
         for key, length in (("point", 2), ("box", 4)):
-            place = word.get(key)
+            place = word[key]
             if place is None:
                 continue
             if len(place) != length or not all(math.isfinite(value) for value in place):
@@ -205,9 +207,12 @@ def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> 
 
 
 def _moments(words: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int | None, float]]:
-    """(how far the pen is, in words; the word it has reached; seconds) of every frame."""
+    """(how far the pen is, in words; the word being spoken; seconds) of every frame.
+
+    Two frames a word: the pen on its way, and at the word's point.
+    """
     for index, (start, end) in enumerate(word_times(words)):
-        yield index + 0.2, None, 0.3 * (end - start)
+        yield index + 0.2, index, 0.3 * (end - start)
         yield index + 0.5, index, 0.7 * (end - start)
     yield len(words), None, 2.5
 
@@ -218,7 +223,7 @@ def _frame(
     words, picture = caption["words"], photo.copy()
     trail = knots(words, *photo.size)
     _draw_trail(picture, trail, len(words), until)
-    if active is not None:
+    if active is not None and until >= active + 0.5:
         _draw_word(picture, words[active], word_color(active, len(words)))
     return _mount(picture, _panel(caption, photo.width, said=until, active=active))
 
@@ -239,7 +244,7 @@ def _draw_trail(photo: Image.Image, trail: Sequence[Knot], count: int, until: fl
     """Draw the line up to the word position `until` (a word's point is reached at its middle)."""
     double = Image.new("RGBA", (2 * photo.width, 2 * photo.height))  # halved later: smooth edges
     draw = ImageDraw.Draw(double)
-    width = max(4, round(max(photo.size) / 110))
+    width = max(6, round(max(photo.size) / 110))
     lines = []
     for segment, (a, b) in enumerate(pairwise(trail)):
         share = min(max((until - a.word - 0.5) / (b.word - a.word), 0.0), 1.0)

@@ -78,7 +78,6 @@ class PixelLLM(PixelLLMNetwork):
         *,
         max_new_tokens: int | None = None,
         official_rules: bool = False,
-        features: dict[str, Tensor] | None = None,
         **search: int | float | bool,
     ) -> list[Caption]:
         """Caption every prompt; the image is encoded once, points come from one parallel pass.
@@ -88,28 +87,44 @@ class PixelLLM(PixelLLMNetwork):
             max_new_tokens: end token included; None is the recipe's length.
             official_rules: decode as the release does (greedy without immediate repetition, or
                 its beam search) instead of through `transformers`.
-            features: cached outputs of frozen branches, see `forward`.
             search: `num_beams`, `do_sample`, `temperature`, `top_p`, `length_penalty`.
 
         Returns:
             One caption per row, prompts of an image adjacent.
         """
-        prefix = self.prefix(self.encode(images, sizes, features or {}), sizes, boxes)
+        prefix = self.prefix(self.encode(images, sizes, {}), sizes, boxes)
+        return self.captions_from_prefix(
+            prefix.flatten(0, 1),
+            context_ids,
+            context_padding,
+            max_new_tokens=max_new_tokens,
+            official_rules=official_rules,
+            **search,
+        )
+
+    @torch.no_grad()
+    def captions_from_prefix(
+        self,
+        prefix: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        official_rules: bool = False,
+        **search: int | float | bool,
+    ) -> list[Caption]:
+        """`generate` from visual tokens float[R, N, D], where a caller has them already."""
         decode = self.language.generate_official if official_rules else self.language.generate
         found = decode(
-            prefix.flatten(0, 1),
+            prefix,
             context_ids,
             context_padding,
             max_new_tokens=max_new_tokens or self.config.max_tokens - 1,
             **search,
         )
         points = self.point_head(found.hidden)
-        return [
-            place_words(self.tokenizer, *row)
-            for row in zip(
-                found.token_ids.cpu(), found.log_probs.cpu(), points.cpu(), strict=True
-            )
-        ]
+        rows = zip(found.token_ids.cpu(), found.log_probs.cpu(), points.cpu(), strict=True)
+        return [place_words(self.tokenizer, *row) for row in rows]
 
     @torch.no_grad()
     def stream(

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -72,7 +73,7 @@ def _embedded(name: str, image: Image.Image, longest: int, quality: int) -> str:
     if max(image.size) > longest:
         image = fit(image, longest)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    image.save(buffer, "JPEG", quality=quality, optimize=True, comment="")
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return f'<script type="text/plain" id="{name}">{url}</script>\n'
 
@@ -88,7 +89,7 @@ def _entry(caption: dict[str, Any]) -> dict[str, Any]:
             "gap": gap,
             "point": _rounded(word["point"]),
             "box": _rounded(word["box"]),
-            "log_prob": word.get("log_prob"),
+            "log_prob": _finite(word.get("log_prob")),
             "start": round(start, 3),
             "end": round(end, 3),
             "color": word_color(index, len(times)),
@@ -104,10 +105,15 @@ def _entry(caption: dict[str, Any]) -> dict[str, Any]:
         "text": caption["caption"],
         "words": words,
         "tail": tail,
-        "log_prob": caption.get("log_prob"),
+        "log_prob": _finite(caption.get("log_prob")),
         "prompt_box": _rounded(caption.get("prompt_box")),
         "reference": _reference(caption.get("reference")),
     }
+
+
+def _finite(log_prob: float | None) -> float | None:
+    """JSON has no infinity: the log-probability of a token that was ruled out is left out."""
+    return log_prob if log_prob is not None and math.isfinite(log_prob) else None
 
 
 def _rounded(place: Sequence[float] | None) -> list[float] | None:

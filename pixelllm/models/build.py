@@ -65,7 +65,7 @@ def build_eva02_encoder(config: Eva02Config) -> Eva02Encoder:
         depth=config.depth,
         num_heads=config.num_heads,
         drop_path=config.drop_path,
-        rescale_positions=config.interpolate_rope,
+        interpolate_rope=config.interpolate_rope,
         stem=stem,
     )
 

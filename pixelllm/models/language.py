@@ -53,7 +53,8 @@ class TransformersLanguage(Language):
                 f"this {config.model_type} model has no end token, so its captions would never "
                 "end; set eos_token_id in its config.json"
             )
-        eos_id = torch.tensor(config.eos_token_id).flatten()[0].item()
+        ends = config.eos_token_id
+        eos_id = ends if isinstance(ends, int) else ends[0]
         pad_id = eos_id if config.pad_token_id is None else config.pad_token_id
         bos_id = eos_id if bos_id is None else bos_id
         super().__init__(config.hidden_size, config.vocab_size, pad_id, bos_id, eos_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pixelllm.batches import Batch, TextLimits
+from pixelllm.checkpoints import write_text
 from pixelllm.config import Config
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.losses import point_loss, text_loss
@@ -18,12 +20,16 @@ from pixelllm.mixture import Mixture
 from pixelllm.models.pixelllm import PixelLLMNetwork, Prediction
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.pretrained import PixelLLM
+from pixelllm.records import Phrase
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.loop import Stage
 from pixelllm.training.naming import load_eva02_run
 from pixelllm.training.optimizer import freeze
 from pixelllm.training.promptable import check_same, load_sam_run
+
+
+BASELINE_FILE = "training_captions.json"
 
 
 def build_stage(
@@ -76,7 +82,20 @@ def build_stage(
         means = {k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
         return {"loss": sum(means.values()), **means}
 
-    return Stage(model, batches, loss, validate, model.save_pretrained)
+    def export(folder: Path) -> None:
+        model.save_pretrained(folder)
+        sample = [phrase.caption for phrase in sample_phrases(batches)]
+        write_text(folder / BASELINE_FILE, json.dumps(sample))
+
+    return Stage(model, batches, loss, validate, export)
+
+
+def sample_phrases(batches: Mixture, count: int = 500) -> list[Phrase]:
+    """Phrases of the first source's random walk, for the trivial baseline of an evaluation."""
+    source = batches.sources[0]
+    records = (source[position] for position in range(min(count, len(source.rows))))
+    task = source.source.task
+    return [next(p for p in record.phrases if p.task == task) for record in records]
 
 
 def predict(model: PixelLLMNetwork, batch: Batch) -> Prediction:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixelllm.batches import frame_images
 from pixelllm.config import Source
-from pixelllm.images import pad_frame
+from pixelllm.images import pad_frame, resize_masks
 from pixelllm.mixture import SourceRecords
 from pixelllm.records import Phrase
 from pixelllm.tables import Table
@@ -94,21 +93,22 @@ class Instances(Dataset):
         masks = torch.zeros(len(records), K, side, side, dtype=torch.bool)
         words = torch.zeros(len(records), K, len(self.words))
         for b, phrases in enumerate(chosen):
+            size = tuple(sizes[b].tolist())
+            masks[b, : len(phrases)] = small_masks(phrases, size, self.frame)
+            boxes[b, : len(phrases)] = torch.tensor([phrase.target_box for phrase in phrases])
             for k, phrase in enumerate(phrases):
-                boxes[b, k] = torch.tensor(phrase.target_box)
-                masks[b, k] = small_mask(phrase, tuple(sizes[b].tolist()), self.frame)
                 words[b, k, [self.words[word] for word in phrase.caption.split()]] = 1
         valid = masks.flatten(2).any(2)  # an object thinner than the stride may have no pixel left
         ids = tuple(phrase.id for phrases in chosen for phrase in phrases)
         return InstanceBatch(images, sizes, boxes, masks, words, valid, ids)
 
 
-def small_mask(phrase: Phrase, size: tuple[int, int], frame: int) -> Tensor:
-    """The object's mask in the padded frame at a quarter of its resolution, bool[S/4, S/4]."""
-    pixels = torch.from_numpy(coco_mask.decode(phrase.mask))
-    resized = F.interpolate(pixels[None, None].float(), size, mode="nearest-exact")[0, 0]
+def small_masks(phrases: Sequence[Phrase], size: tuple[int, int], frame: int) -> Tensor:
+    """Masks in the padded frame at a quarter of its resolution, bool[K, S/4, S/4]."""
+    pixels = coco_mask.decode([phrase.mask for phrase in phrases])  # (H, W, K)
+    masks = pad_frame(resize_masks(torch.from_numpy(pixels).permute(2, 0, 1), size), frame)
     half = MASK_STRIDE // 2
-    return pad_frame(resized, frame)[half::MASK_STRIDE, half::MASK_STRIDE] > 0.5
+    return masks[:, half::MASK_STRIDE, half::MASK_STRIDE].bool()
 
 
 def words_of_regions(tables: Sequence[Table]) -> list[str]:

@@ -1,0 +1,164 @@
+"""Evaluate a run.
+
+    python eval.py runs/quickstart --task trace --data runs/quickstart/data/val
+    python eval.py runs/quickstart --task trace --data runs/quickstart/data/val --beams 4 --limit 100
+
+Prints one table, writes RUN/eval/trace.json and RUN/eval/trace_predictions.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other
+
+import numpy as np
+import tyro
+
+from data.scene_narrations import object_mentions
+from pixelllm.checkpoints import write_text
+from pixelllm.devices import choose_device
+from pixelllm.evaluation import narrations as trace
+from pixelllm.evaluation import objects
+from pixelllm.evaluation.meteor import score_meteor, unavailable_reason
+from pixelllm.evaluation.narrations import Narration
+from pixelllm.evaluation.predictions import narrative_line
+from pixelllm.pretrained import PixelLLM
+from pixelllm.tables import Table
+from pixelllm.training.captioning import BASELINE_FILE
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate.
+
+    Args:
+        run: folder of a finished run, or a Hub id.
+        task: what is scored.
+        data: table with the references.
+        limit: at most this many narrations.
+        beams: beam search width; 1 is greedy.
+        batch_size: images at a time.
+        truth: what the images really show, by image id; the table's own truth.jsonl by default.
+        out: where to write; RUN/eval by default.
+        device: auto, cpu, cuda or mps.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    data: Path
+    task: Literal["trace"] = "trace"
+    limit: int | None = None
+    beams: int = 1
+    batch_size: int = 50
+    truth: Path | None = None
+    out: Path | None = None
+    device: str = "auto"
+
+
+def evaluate(options: Options) -> None:
+    model = PixelLLM.from_pretrained(options.run).to(choose_device(options.device))
+    table = Table(options.data)
+    found = list(
+        trace.predict_narrations(
+            model,
+            table,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            num_beams=options.beams,
+        )
+    )
+    captions = training_captions(options.run, found)
+    metrics = trace.score_narrations(found) | meteor(found)
+    baselines = trace.score_baselines(found, captions)
+    truth_file = options.truth or table.path / "truth.jsonl"
+    if truth_file.exists():
+        known = objects.load_truth(truth_file)
+        metrics |= object_scores(found, known)
+        metrics |= {
+            f"held_out_{name}": score
+            for name, score in object_scores(held_out(found, known), known).items()
+        }
+        baselines |= object_baselines(found, known, captions)
+    out = options.out or options.run / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(narrative_line(narration)) + "\n" for narration in found)
+    write_text(out / "trace_predictions.jsonl", "".join(lines))
+    result = {
+        "metrics": metrics,
+        "baselines": baselines,
+        "config": {**{k: str(v) for k, v in asdict(options).items()}, "recipe": model.config.name},
+        "num_examples": len(found),
+    }
+    write_text(out / "trace.json", json.dumps(result, indent=2) + "\n")
+    print_table(metrics, baselines, len(found))
+
+
+def training_captions(run: Path, found: list[Narration]) -> list[str]:
+    """Captions for the baseline: the run's sample of its training data, else the references."""
+    file = run / BASELINE_FILE
+    return json.loads(file.read_text()) if file.exists() else [n.phrase.caption for n in found]
+
+
+def meteor(found: list[Narration]) -> Scores:
+    reason = unavailable_reason()
+    if reason is not None:
+        print(f"METEOR is left out: {reason}", file=sys.stderr)
+        return {}
+    references = {n.phrase.id: [n.phrase.caption] for n in found}
+    return {"meteor": score_meteor({n.phrase.id: n.generated.text for n in found}, references)}
+
+
+def truths_of(
+    found: list[Narration], known: dict[str, objects.ObjectTruth]
+) -> list[objects.ObjectTruth]:
+    return [known[narration.record.id.rpartition("/")[2]] for narration in found]
+
+
+def held_out(found: list[Narration], known: dict[str, objects.ObjectTruth]) -> list[Narration]:
+    truths = truths_of(found, known)
+    return [n for n, truth in zip(found, truths, strict=True) if truth.is_held_out]
+
+
+def object_scores(found: list[Narration], known: dict[str, objects.ObjectTruth]) -> Scores:
+    if not found:
+        return {}
+    truths = truths_of(found, known)
+    forced = objects.score_forced(found, truths, [n.word_boxes for n in found])
+    generated = [n.generated for n in found]
+    return forced | objects.score_generated(generated, truths, object_mentions)
+
+
+def object_baselines(
+    found: list[Narration], known: dict[str, objects.ObjectTruth], captions: list[str]
+) -> Scores:
+    truths = truths_of(found, known)
+    middle = [np.full_like(n.word_boxes, 0.5) for n in found]
+    drawn = trace.random_captions(len(found), captions)
+    forced = objects.score_forced(found, truths, middle)
+    return forced | objects.score_generated(drawn, truths, object_mentions)
+
+
+def print_table(metrics: Scores, baselines: Scores, count: int) -> None:
+    print(f"\n{'trace, ' + str(count) + ' narrations':34}{'model':>10}{'baseline':>10}")
+    for name, score in metrics.items():
+        baseline = f"{baselines[name]:10.3f}" if name in baselines else f"{'-':>10}"
+        print(f"{name:34}{score:10.3f}{baseline}")
+    print("baseline: a point in the image centre, a random training caption")
+
+
+def main() -> None:
+    try:
+        evaluate(tyro.cli(Options, prog="python eval.py", description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The trace task: predict words and points for a table of narrations, and score them.
+
+Teacher forced, the reference words are read by the model and only the points are predicted, so
+that word and point errors do not mix (reference, section 12.1); generated, both are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pixelllm.batches import Prompted, TextLimits
+from pixelllm.config import Source
+from pixelllm.evaluation.captions import score_captions
+from pixelllm.evaluation.lbm import trace_distance, trace_distance_given_caption
+from pixelllm.evaluation.points import mean_trace_l1
+from pixelllm.generation import Caption, pointing_token
+from pixelllm.mixture import assemble, records_with_task
+from pixelllm.pretrained import PixelLLM
+from pixelllm.records import Phrase, Record
+from pixelllm.tables import Table
+from pixelllm.tokenizer import words_of_tokens
+
+TASK = "narration"
+
+
+@dataclass(frozen=True)
+class Narration:
+    """A reference narration and what the model makes of its image.
+
+    Args:
+        record, phrase: the reference.
+        token_points, token_targets: float32[T, 2, 2], teacher forced; targets are NaN where a
+            token has no place.
+        word_boxes, target_boxes: float32[W, 4] of the reference's whitespace words, teacher
+            forced; NaN where a word has no place.
+        generated: the model's own caption.
+    """
+
+    record: Record
+    phrase: Phrase
+    token_points: np.ndarray
+    token_targets: np.ndarray
+    word_boxes: np.ndarray
+    target_boxes: np.ndarray
+    generated: Caption
+
+
+def chosen_narrations(table: Table, limit: int | None) -> list[tuple[int, Phrase]]:
+    """Record positions and narrations of the table, in order.
+
+    Raises ValueError where there is none.
+    """
+    found = [
+        (int(index), phrase)
+        for index in records_with_task(table, TASK)
+        for phrase in table[int(index)].phrases
+        if phrase.task == TASK
+    ]
+    if not found:
+        raise ValueError(f"{table.path}: no {TASK!r} phrases; make the table from narratives")
+    return found[:limit]
+
+
+@torch.no_grad()
+def predict_narrations(
+    model: PixelLLM,
+    table: Table,
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+) -> Iterator[Narration]:
+    """Every narration of the table (at most `limit`), with a progress bar."""
+    chosen = chosen_narrations(table, limit)
+    config = model.config
+    device = next(model.parameters()).device
+    limits = TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
+    context = model.processor().config.context
+    for start in tqdm(range(0, len(chosen), batch_size), desc="narrations", unit="batch"):
+        prompted = [
+            Prompted(table[index], (phrase,), (context,))
+            for index, phrase in chosen[start : start + batch_size]
+        ]
+        batch = assemble(
+            prompted,
+            model.tokenizer,
+            limits,
+            frame=config.model.frame,
+            source=Source(TASK),
+            cache=None,
+        ).to(device)
+        maps = model.encode(batch.images, batch.sizes, {})
+        prefix = model.prefix(maps, batch.sizes, batch.boxes).flatten(0, 1)
+        points = model.point_head(model.language(prefix, *batch.text)).cpu().numpy()
+        captions = model.captions_from_prefix(
+            prefix, *batch.text[:2], max_new_tokens=max_new_tokens, num_beams=num_beams
+        )
+        targets = np.where(
+            batch.with_points.cpu().numpy()[..., None, None], batch.points.cpu().numpy(), np.nan
+        )
+        for row, item in enumerate(prompted):
+            ids = batch.text.token_ids[row].tolist()
+            yield _narration(model, item, ids, points[row], targets[row], captions[row])
+
+
+def _narration(
+    model: PixelLLM,
+    item: Prompted,
+    ids: list[int],
+    points: np.ndarray,
+    targets: np.ndarray,
+    generated: Caption,
+) -> Narration:
+    words = words_of_tokens(model.tokenizer, ids)
+    pointing = [pointing_token(word, ids, model.tokenizer) for word in words]
+    corners = points[pointing]  # (W, 2, 2)
+    boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)
+    phrase = item.phrases[0]
+    return Narration(
+        record=item.record,
+        phrase=phrase,
+        token_points=points,
+        token_targets=targets,
+        word_boxes=boxes,
+        target_boxes=targets[pointing].reshape(-1, 4),
+        generated=generated,
+    )
+
+
+def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
+    """Point and caption scores that need nothing but the narrations."""
+    forced = [
+        (n.token_points, n.token_targets, ~np.isnan(n.token_targets).any((-1, -2)))
+        for n in narrations
+    ]
+    references = {n.phrase.id: [n.phrase.caption] for n in narrations}
+    return {
+        "point_l1": mean_trace_l1(forced),
+        **lbm_scores([(n.word_boxes, n.target_boxes) for n in narrations]),
+        "lbm_generated_k0": float(
+            np.nanmean([trace_distance(boxes_of(n.generated), n.target_boxes) for n in narrations])
+        ),
+        **score_captions({n.phrase.id: n.generated.text for n in narrations}, references),
+    }
+
+
+def lbm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """LBM with the caption given, for windows 0 and 1, of (predicted, target) word boxes."""
+    return {
+        f"lbm_k{k}": float(np.nanmean([trace_distance_given_caption(p, t, k) for p, t in pairs]))
+        for k in (0, 1)
+    }
+
+
+def score_baselines(narrations: Sequence[Narration], captions: Sequence[str]) -> dict[str, float]:
+    """What a point in the image centre and a random training caption score.
+
+    Args:
+        captions: of the training data; one is drawn for every narration, with a fixed seed.
+    """
+    centre = np.full((1, 2, 2), 0.5)
+    forced = [
+        (
+            np.broadcast_to(centre, n.token_targets.shape),
+            n.token_targets,
+            ~np.isnan(n.token_targets).any((-1, -2)),
+        )
+        for n in narrations
+    ]
+    middle = [(np.full_like(n.word_boxes, 0.5), n.target_boxes) for n in narrations]
+    drawn = random_captions(len(narrations), captions)
+    hypotheses = {n.phrase.id: text for n, text in zip(narrations, drawn, strict=True)}
+    references = {n.phrase.id: [n.phrase.caption] for n in narrations}
+    return {
+        "point_l1": mean_trace_l1(forced),
+        **lbm_scores(middle),
+        **score_captions(hypotheses, references),
+    }
+
+
+def random_captions(count: int, captions: Sequence[str]) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [captions[i] for i in rng.integers(len(captions), size=count)]
+
+
+def boxes_of(caption: Caption) -> np.ndarray:
+    """float32[W, 4] of the generated words."""
+    return np.array([word.box for word in caption.words], np.float32).reshape(-1, 4)
+
