@@ -148,6 +148,12 @@ def test_non_finite_point_names_image_and_word(caption):
         check_caption(caption)
 
 
+def test_word_without_its_fields_is_named(caption):
+    del caption["words"][1]["box"]
+    with pytest.raises(ValueError, match="grey.png: word 1 needs text, point and box"):
+        check_caption(caption)
+
+
 def test_missing_field_is_named(caption):
     del caption["size_hw"]
     with pytest.raises(ValueError, match="no 'size_hw'"):

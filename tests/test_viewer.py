@@ -166,8 +166,10 @@ def test_reduced_motion_steps_from_point_to_point(browser, page):
     show(browser, page, reduced_motion=True)
     browser.find_element("id", "play").click()
     seen = set()
-    while browser.find_element("id", "play").get_attribute("aria-label") == "Pause":
+    for _ in range(200):  # of about 10 ms, or until the playback ends
         seen.add(browser.execute_script("return document.querySelector('#marker').style.left"))
+        if browser.find_element("id", "play").get_attribute("aria-label") == "Play":
+            break
     assert {"20%", "50%"} <= seen <= {"", "20%", "83%", "50%"}
 
 
@@ -245,6 +247,14 @@ def test_embedded_image_is_scaled_down(tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (1024, 512)
     entry = json.loads(re.search(r'id="captions">(.*?)</script>', text).group(1))[0]
     assert entry["size"] == [1500, 3000] and entry["name"] == "large.png"
+
+
+def test_infinite_log_probability_is_left_out(tmp_path):
+    caption = make_caption(tmp_path, "a.png")
+    caption["words"][0]["log_prob"] = caption["log_prob"] = float("-inf")
+    write_html([caption], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "-Infinity" not in text and '"log_prob":null' in text
 
 
 def test_no_caption_is_refused(tmp_path):
