@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_names, load_golden
 from flax_language import t5_trunk
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from pixelllm.losses import text_loss
 from pixelllm.models.language import (
@@ -90,10 +90,19 @@ def test_official_masks_matter_only_at_eos_and_padding(batch, words):
     assert not torch.allclose(official[~has_target], plain[~has_target])
 
 
-def test_t5_equals_transformers_on_embedded_words(words):
+def first_t5():
+    """The T5 before 1.1: one matrix for embedding and head, and scaled features."""
+    config = T5Config(
+        vocab_size=V, d_model=D, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return EncoderDecoderLanguage(T5ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("build", [t5, first_t5])
+def test_t5_equals_transformers_on_embedded_words(build, words):
     """The prefix takes the place of embedded text: feeding text itself must change nothing."""
     torch.manual_seed(0)
-    trunk = t5().eval()
+    trunk = build().eval()
     context_ids, padding = words
     states = trunk.embed(context_ids)
     hidden = trunk(states[:, :3], context_ids[:, 3:], padding[:, 3:], *words)
@@ -234,6 +243,17 @@ def test_lora_starts_as_identity_and_trains_alone(build, targets, num_attentions
     assert all(".lora_" in name for name in trained)
     assert len({name.split(".lora_")[0] for name in trained}) == 2 * num_attentions
     assert trunk.generate(*batch, max_new_tokens=3).token_ids.shape[1] <= 4
+
+
+def test_flan_t5_xl_has_the_published_sizes():
+    """Built without memory: 2.85 G parameters, LoRA on 144 matrices (reference, section 4.1)."""
+    with torch.device("meta"):
+        trunk = build_t5(32128, 2048, 24, 24, num_heads=32, ff=5120)
+        assert sum(p.numel() for p in trunk.parameters()) == 2_849_757_184
+        add_lora(trunk, rank=32, alpha=64, targets=("q", "v"))
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 144
+    assert sum(p.numel() for p in trained) == 144 * 32 * (2048 + 2048)
 
 
 def test_every_parameter_gets_a_gradient_from_words_and_points(trunk, batch, words):

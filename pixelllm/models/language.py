@@ -130,8 +130,7 @@ class EncoderDecoderLanguage(TransformersLanguage):
     def __init__(self, model: PreTrainedModel, official_masks: bool = False):
         if model.config.model_type not in ("t5", "mt5"):
             raise ValueError(f"{model.config.model_type} is not of the T5 family")
-        start = model.config.decoder_start_token_id
-        super().__init__(model, model.config.pad_token_id if start is None else start)
+        super().__init__(model, bos_id=model.config.pad_token_id)  # T5 begins with padding
         self.official_masks = official_masks
         # The stacks share one dropout between input and output; it moves into this class.
         self.dropout = nn.Dropout(model.config.dropout_rate)
@@ -284,7 +283,6 @@ def build_t5(
         num_heads=num_heads,
         dropout_rate=dropout,
         feed_forward_proj="gated-gelu_pytorch_tanh",  # Flan's gelu_new in one kernel
-        decoder_start_token_id=0,
         tie_word_embeddings=False,
         # Faster than sdpa for small models on a CPU: the position bias needs a gradient.
         attn_implementation="eager",
