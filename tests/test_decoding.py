@@ -141,3 +141,18 @@ def test_greedy_never_writes_a_word_twice_in_a_row(generator):
     tokens, _ = greedy_search(lambda ids, t: table[ids[:, t]], begin(1, 9), EOS)
     words = tokens[0][tokens[0] != EOS]
     assert (words[1:] != words[:-1]).all()
+
+
+def test_a_live_beam_may_still_overtake_a_finished_one():
+    """The search may only stop when no live beam can win under the largest penalty."""
+    probabilities = torch.full((8, 8), 1e-6)
+    probabilities[BOS] = 0.02
+    probabilities[BOS, EOS] = torch.tensor(-0.95).exp()  # scores -0.95 at once
+    probabilities[BOS, 2] = torch.tensor(-1.0).exp()
+    probabilities[torch.arange(2, 7), torch.arange(3, 8)] = 1.0
+    probabilities[7, EOS] = 1.0
+    table = probabilities.log()
+    tokens, scores = beam_search(lambda ids, t: table[ids[:, t]], begin(1, 10), EOS, num_beams=1)
+    assert tokens.tolist() == [[[0, 2, 3, 4, 5, 6, 7, 1, 1, 1]]]
+    total = table[BOS].log_softmax(-1)[2].item()
+    assert scores.item() == pytest.approx(total / ((5 + 7) / 6) ** 0.6, abs=1e-3)

@@ -207,6 +207,9 @@ def test_official_rules_never_repeat_and_reach_the_same_features(trunk, batch):
         expected = trunk(*batch, generation.token_ids, generation.padding)
         torch.testing.assert_close(generation.hidden, expected)
         assert generation.token_ids.shape[1] <= 9
+        last = (tensor[2:] for tensor in batch)
+        alone = trunk.generate_official(*last, max_new_tokens=8, num_beams=num_beams)
+        assert torch.equal(alone.token_ids[0], generation.token_ids[2, ~generation.padding[2]])
         if num_beams == 1:
             repeated = generation.token_ids[:, 1:] == generation.token_ids[:, :-1]
             assert not repeated[~generation.padding[:, 1:]].any()

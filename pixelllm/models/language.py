@@ -329,9 +329,7 @@ def add_lora(trunk: TransformersLanguage, rank: int, alpha: float, targets: Sequ
         targets: ends of module names, e.g. ("q", "v") for T5's three kinds of attention.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
-    inject_adapter_in_model(config, trunk.model)
-    for name, parameter in trunk.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    inject_adapter_in_model(config, trunk.model)  # freezes everything else
 
 
 def _pair_mask(query_padding: Tensor, key_padding: Tensor) -> Tensor:
