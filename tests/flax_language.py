@@ -20,12 +20,6 @@ Weights = dict[str, np.ndarray]
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
-def below(weights: Weights, prefix: str) -> Weights:
-    """The weights below a path, without it."""
-    prefix += "/"
-    return {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-
-
 def point_head_state(weights: Weights) -> dict[str, Tensor]:
     """`mlp_point_predictor` -> `PointHead`."""
     state = {}
