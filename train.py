@@ -3,13 +3,18 @@
     python train.py scenes-tiny --data runs/scenes/train --val runs/scenes/val --out runs/tiny
     python train.py --list
 
-Every field of the recipe is an option, e.g. --train.steps 100 --loss.point 5.
+Tables come from the readers, e.g. python -m data.localized_narratives. Every field of a recipe is
+an option by its dotted name, e.g. --train.steps 100 --loss.point 5; all of them:
+
+    python train.py scenes-tiny --help
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 
 import torch
 import tyro
+from safetensors import SafetensorError
 
 from pixelllm.config import Config, Eva02Pretraining, SamPretraining
 from pixelllm.devices import choose_device
@@ -26,7 +32,6 @@ from pixelllm.tables import Table
 from pixelllm.training import captioning, naming, promptable
 from pixelllm.training.loop import NonFiniteLoss, Stage, train
 from pixelllm.training.signals import StopRequest
-
 
 Recipe = Config | SamPretraining | Eva02Pretraining
 
@@ -52,13 +57,29 @@ class Run:
     device: str = "auto"
 
 
-def parse(recipe: str, arguments: list[str]) -> tuple[Run, Recipe]:
+def recipe_named(name: str) -> Recipe:
+    """The recipe. Raises ValueError with the nearest names where there is none."""
+    if name not in RECIPES:
+        near = ", ".join(difflib.get_close_matches(name, RECIPES) or RECIPES)
+        raise ValueError(f"there is no recipe {name!r}; nearest: {near}")
+    return RECIPES[name]()
+
+
+def list_recipes() -> str:
+    """The recipes with what they are for, a line each."""
+    lines = (f"  {name:16}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    return "recipes:\n" + "\n".join(lines)
+
+
+def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
     """Options of a run and the recipe's configuration with its overrides."""
-    config = RECIPES[recipe]()
+    config = recipe_named(recipe)
     # Options at the top, recipe fields by their dotted names.
-    kind = Annotated[type(config), tyro.conf.arg(name="")]
-    options = make_dataclass("Options", [("run", Annotated[Run, tyro.conf.arg(name="")]), ("config", kind, config)])
-    parsed = tyro.cli(options, prog=f"python train.py {recipe}", description=__doc__, args=arguments)
+    flat = tyro.conf.arg(name="")
+    fields = [("run", Annotated[Run, flat]), ("config", Annotated[type(config), flat], config)]
+    options = make_dataclass("Options", fields)
+    prog = f"python train.py {recipe}"
+    parsed = tyro.cli(options, prog=prog, description=__doc__, args=arguments)
     return parsed.run, parsed.config
 
 
@@ -72,19 +93,28 @@ def build(run: Run, config: Recipe) -> Stage:
     return captioning.build_stage(config, tables, val, device, run.cache_features)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    recipe, rest = arguments[0], arguments[1:]
-    run, config = parse(recipe, rest)
+def run_training(run: Run, config: Recipe) -> None:
+    """Train to the last step and export the model to `run.out`."""
     torch.manual_seed(config.train.seed)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    train(build(run, config), config.train, run.out, run.resume)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "--list"):
+        listing = list_recipes()
+        print(listing if arguments and arguments[0] == "--list" else f"{__doc__}\n{listing}")
+        return
     try:
-        train(build(run, config), config.train, run.out, run.resume)
+        run_training(*parse(arguments[0], arguments[1:]))
     except StopRequest as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
-    except (ValueError, FileNotFoundError, NonFiniteLoss) as error:
+    except KeyboardInterrupt:  # before the first step; what was written so far is complete
+        sys.exit(130)
+    except (ValueError, OSError, SafetensorError, NonFiniteLoss) as error:
         sys.exit(f"error: {error}")
 
 

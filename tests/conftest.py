@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+import data.coco
+import data.localized_narratives
+import train
+from data.scene_worlds import World
+from data.scenes import Options, write_scenes
+from pixelllm.config import (
+    Config,
+    Eva02Config,
+    Eva02Pretraining,
+    LanguageConfig,
+    LossConfig,
+    ModelConfig,
+    PointConfig,
+    PromptConfig,
+    SamConfig,
+    SamPretraining,
+    Source,
+    StartConfig,
+    TrainConfig,
+)
+from pixelllm.pretrained import PixelLLM
 
 GOLDEN = Path(os.environ.get("PIXELLLM_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
@@ -69,3 +92,172 @@ def load_golden_json(relative: str) -> Any:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+TINY_SAM = SamConfig(
+    table_size=48,
+    width=16,
+    depth=2,
+    num_heads=2,
+    out_channels=16,
+    window_size=2,
+    global_blocks=(1,),
+    conv_stem=True,
+    half_features=True,
+)
+TINY_EVA02 = Eva02Config(
+    table_size=48,
+    patch_size=16,
+    width=32,
+    depth=1,
+    num_heads=2,
+    drop_path=0.0,
+    conv_stem=True,
+    half_features=True,
+)
+
+
+def short_training(steps: int = 4, **changes: Any) -> TrainConfig:
+    """A few steps with everything switched on that a long run has."""
+    facts = {
+        "batch_size": 4,
+        "lr": 3e-3,
+        "warmup": 1,
+        "weight_decay": 0.01,
+        "clip": 1.0,
+        "frozen": (),
+        "threads": 1,
+        "log_every": 1,
+        "eval_every": 2,
+        "eval_batches": 1,
+        "save_every": 2,
+    }
+    return TrainConfig(steps=steps, **{**facts, **changes})
+
+
+def make_tiny_config(**changes: Any) -> Config:
+    """The one obvious home for "small": a complete PixelLLM that runs in milliseconds."""
+    config = Config(
+        name="tiny",
+        model=ModelConfig(
+            frame=48,
+            sam=TINY_SAM,
+            eva02=TINY_EVA02,
+            prompt=PromptConfig(
+                width=16,
+                num_layers=1,
+                mlp_width=32,
+                num_heads=8,
+                num_tokens=4,
+                output_width=32,
+                value_position=True,
+            ),
+            language=LanguageConfig(
+                trunk=None,
+                lora_rank=0,
+                width=32,
+                num_encoder_layers=1,
+                num_decoder_layers=2,
+                num_heads=2,
+                ff_width=48,
+                dropout=0.0,
+                vocab_size=300,
+            ),
+            points=PointConfig(hidden=32, depth=2),
+        ),
+        sources=(Source("narration"),),
+        loss=LossConfig(point=5.0, smoothing=0.0),
+        train=short_training(frozen=("sam", "eva02", "prompt_encoder")),
+        max_tokens=48,
+        max_context=8,
+        include_frozen=True,
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes of 48 x 64 pixels as the published corpora would write them."""
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    world = World(image_size=(48, 64), min_size=0.3, max_size=0.5)
+    write_scenes(Options(out, train=12, val=6, seed=5, world=world, num_proc=1))
+    return out
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Folders of tables that the readers made from `tiny_scenes`."""
+
+    train: Path
+    val: Path
+    train_regions: Path
+    val_regions: Path
+    truth: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_tables(tiny_scenes: Path) -> Tables:
+    annotations, out = tiny_scenes / "annotations", tiny_scenes.parent
+    for split in ("train", "val"):
+        data.localized_narratives.convert(
+            [annotations / f"scenes_{split}_localized_narratives.jsonl"],
+            data.localized_narratives.Options(tiny_scenes, "text"),
+            out / split,
+        )
+        data.coco.convert(
+            [annotations / f"instances_{split}.json", annotations / f"captions_{split}.json"],
+            tiny_scenes / split,
+            out / f"{split}_regions",
+        )
+    truth = annotations / "scenes_val_truth.jsonl"
+    return Tables(out / "train", out / "val", out / "train_regions", out / "val_regions", truth)
+
+
+def run_stage(
+    config: train.Recipe, tables: Sequence[Path], val: Path, out: Path, **options: Any
+) -> Path:
+    """Train as `train.py` does, without its command line; returns the run's folder."""
+    run = train.Run(tuple(tables), val, out, device="cpu", **options)
+    train.run_training(run, config)
+    return out
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """Folders of three finished runs, each made from the ones before."""
+
+    sam: Path
+    eva02: Path
+    main: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """All stages of the quickstart in a few steps each."""
+    out = tmp_path_factory.mktemp("runs")
+    regions = ([tiny_tables.train_regions], tiny_tables.val_regions)
+    sam = SamPretraining("tiny-sam", 48, TINY_SAM, mlp_width=32, train=short_training())
+    run_stage(sam, *regions, out / "sam")
+    eva02 = Eva02Pretraining("tiny-eva02", 48, TINY_EVA02, train=short_training())
+    run_stage(eva02, *regions, out / "eva02")
+    start = StartConfig(sam=str(out / "sam"), eva02=str(out / "eva02"))
+    config = make_tiny_config(start=start)
+    config = replace(
+        config,
+        model=replace(config.model, prompt=replace(config.model.prompt, from_sam=True)),
+        train=replace(config.train, steps=30),
+    )
+    tables = [tiny_tables.train], tiny_tables.val
+    run_stage(config, *tables, out / "main", cache_features=out / "features")
+    return TinyRun(out / "sam", out / "eva02", out / "main")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run: TinyRun) -> PixelLLM:
+    """The trained tiny model in evaluation mode; do not change it."""
+    return PixelLLM.from_pretrained(tiny_run.main)
