@@ -241,7 +241,9 @@ def tiny_run(tiny_tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> T
     """All stages of the quickstart in a few steps each."""
     out = tmp_path_factory.mktemp("runs")
     regions = ([tiny_tables.train_regions], tiny_tables.val_regions)
-    sam = SamPretraining("tiny-sam", 48, TINY_SAM, mlp_width=32, train=short_training())
+    sam = SamPretraining(
+        "tiny-sam", 48, TINY_SAM, num_layers=1, mlp_width=32, train=short_training()
+    )
     run_stage(sam, *regions, out / "sam")
     eva02 = Eva02Pretraining("tiny-eva02", 48, TINY_EVA02, train=short_training())
     run_stage(eva02, *regions, out / "eva02")
