@@ -1,7 +1,7 @@
 """Evaluate a run.
 
-    python eval.py runs/quickstart --task trace --data runs/quickstart/data/val
-    python eval.py runs/quickstart --task trace --data runs/quickstart/data/val --beams 4 --limit 100
+    python eval.py runs/quickstart --data runs/quickstart/data/val
+    python eval.py runs/quickstart --data runs/quickstart/data/val --beams 4 --limit 100
 
 Prints one table, writes RUN/eval/trace.json and RUN/eval/trace_predictions.jsonl.
 """
@@ -118,7 +118,12 @@ def meteor(found: list[Narration]) -> Scores:
 def truths_of(
     found: list[Narration], known: dict[str, objects.ObjectTruth]
 ) -> list[objects.ObjectTruth]:
-    return [known[narration.record.id.rpartition("/")[2]] for narration in found]
+    """The truth of every narration's image. Raises ValueError where there is none."""
+    names = [narration.record.id.rpartition("/")[2] for narration in found]
+    absent = [name for name in names if name not in known]
+    if absent:
+        raise ValueError(f"the truth says nothing of image {absent[0]}; is it of the same scenes?")
+    return [known[name] for name in names]
 
 
 def held_out(found: list[Narration], known: dict[str, objects.ObjectTruth]) -> list[Narration]:
@@ -156,7 +161,7 @@ def print_table(metrics: Scores, baselines: Scores, count: int) -> None:
 def main() -> None:
     try:
         evaluate(tyro.cli(Options, prog="python eval.py", description=__doc__))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

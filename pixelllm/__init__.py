@@ -7,3 +7,20 @@ Shape letters, used in comments and docstrings of the whole tree:
 Points are (x, y), boxes are xyxy, both in [0, 1] of the original image; sizes are (H, W).
 A name ending in `_px` departs from that. Masks named `padding` are True on padding.
 """
+
+from typing import Any
+
+__all__ = ["PixelLLM", "Processor"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the model's code when it is asked for; the data readers never do."""
+    if name == "PixelLLM":
+        from pixelllm.pretrained import PixelLLM
+
+        return PixelLLM
+    if name == "Processor":
+        from pixelllm.processor import Processor
+
+        return Processor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -156,9 +156,7 @@ def collate_text(
         boxes += [WHOLE_IMAGE] * missing
         ids += [*(phrase.id for phrase in item.phrases), *[""] * missing]
     token_ids, token_padding = pad_rows(tokens, tokenizer.pad_token_id)
-    text = Text(
-        *encode_context(contexts, tokenizer, limits.max_context), token_ids, token_padding
-    )
+    text = Text(*encode_context(contexts, tokenizer, limits.max_context), token_ids, token_padding)
     points = np.full((*token_ids.shape, 4), np.nan, dtype=np.float32)
     for row, place in enumerate(places):
         points[row, : len(place)] = place

@@ -7,13 +7,16 @@ import difflib
 import json
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
+
+from pixelllm.weights import read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -77,27 +80,46 @@ def find_file(name_or_path: Path | str, name: str) -> Path:
         ) from error
 
 
-def save_weights(model: nn.Module, folder: Path, leave_out: Sequence[str] = ()) -> None:
-    """Write the model's tensors, but those under the prefixes `leave_out`."""
+def nothing(_name: str) -> bool:
+    """Leave no tensor out."""
+    return False
+
+
+def save_weights(
+    model: nn.Module, folder: Path, leave_out: Callable[[str], bool] = nothing
+) -> None:
+    """Write the model's tensors, but those whose name `leave_out` is true of.
+
+    Raises OSError where they cannot be written; what was there before is then intact.
+    """
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in own_tensors(model).items()
-        if not _is_under(name, leave_out)
+        if not leave_out(name)
     }
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{WEIGHTS_FILE}.partial"
+    write_tensors(tensors, folder / WEIGHTS_FILE)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file beside its place, then rename it. Raises OSError naming it."""
+    beside = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, beside, metadata={"format": "pt"})
-        os.replace(beside, folder / WEIGHTS_FILE)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written, nothing of it is kept: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
 
 
-def load_weights(model: nn.Module, name_or_path: Path | str, leave_out: Sequence[str] = ()) -> None:
+def load_weights(
+    model: nn.Module, name_or_path: Path | str, leave_out: Callable[[str], bool] = nothing
+) -> None:
     """Read what `save_weights` wrote. Raises ValueError listing every key that does not fit."""
     file = find_file(name_or_path, WEIGHTS_FILE)
-    stored = load_file(file)
-    expected = {n: t for n, t in own_tensors(model).items() if not _is_under(n, leave_out)}
+    stored = read_weights(file)
+    expected = {n: t for n, t in own_tensors(model).items() if not leave_out(n)}
     problems = [f"missing {name}" for name in expected.keys() - stored.keys()]
     problems += [f"unexpected {name}" for name in stored.keys() - expected.keys()]
     problems += [
@@ -126,7 +148,3 @@ def write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _is_under(name: str, prefixes: Sequence[str]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

@@ -1,7 +1,7 @@
 """The `pixelllm` command: caption images and look into runs.
 
-    pixelllm caption photo.jpg --model runs/quickstart --html photo.html
-    pixelllm info runs/quickstart
+pixelllm caption photo.jpg --model runs/quickstart --html photo.html
+pixelllm info runs/quickstart
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def caption_images(model: PixelLLM, command: CaptionCommand) -> Iterator[dict[st
 def boxes_for(command: CaptionCommand, size: tuple[int, int]) -> list[Box]:
     """The command's boxes in [0, 1] of an image of this (H, W)."""
     height, width = size if command.pixels else (1, 1)
-    return [check_box((x0 / width, y0 / height, x1 / width, y1 / height))
-            for x0, y0, x1, y1 in command.box]
+    return [
+        check_box((x0 / width, y0 / height, x1 / width, y1 / height))
+        for x0, y0, x1, y1 in command.box
+    ]
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.cli(commands, prog="pixelllm", description=__doc__, args=arguments)
     try:
         caption(command) if isinstance(command, CaptionCommand) else info(command)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,8 +1,8 @@
 """Features of frozen encoders on disk, so that they are computed once.
 
 A cache folder belongs to one set of encoders: its name is the digest of their weights and of
-the preprocessing. Inside, shards of 512 images are float16 arrays beside a list of content
-digests; a shard appears when it is complete, so that an interrupted run goes on where it was.
+the preprocessing. Inside, shards of 512 images are arrays beside a list of content digests; a
+shard appears when it is complete, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pixelllm.batches import frame_images
 from pixelllm.images import resize_size
+from pixelllm.models.pixelllm import ImageBranch
 from pixelllm.records import Record
 from pixelllm.tables import Table
 
@@ -47,19 +48,28 @@ def _key(record: Record) -> str:
     return record.id if record.path is None else record.path
 
 
+def rounded(encoder: ImageBranch, features: Tensor) -> Tensor:
+    """Features at the precision that the branch itself gives them."""
+    return features.half() if encoder.half_features else features.float()
+
+
 class FeatureCache:
     """Encoder outputs by image content.
 
     Args:
         folder: of all caches; this one is a subfolder.
-        encoders: name to frozen module, images float[B, 3, S, S] and sizes -> float[B, C, h, w].
+        encoders: the frozen branches by name.
         frame: the side images are padded to.
+        facts: what else decides their output, such as the sizes of their windows.
     """
 
-    def __init__(self, folder: Path | str, encoders: dict[str, nn.Module], frame: int) -> None:
+    def __init__(
+        self, folder: Path | str, encoders: dict[str, ImageBranch], frame: int, facts: object = ()
+    ) -> None:
         self.encoders = encoders
         self.frame = frame
-        self.folder = Path(folder) / weights_digest(encoders, frame)
+        precisions = [encoder.half_features for _, encoder in sorted(encoders.items())]
+        self.folder = Path(folder) / weights_digest(encoders, frame, precisions, facts)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[str, tuple[int, int]] = {}
         self._by_record: dict[str, str] = {}
@@ -93,7 +103,7 @@ class FeatureCache:
             images, sizes = (tensor.to(device) for tensor in frame_images(records, self.frame))
             with torch.inference_mode():
                 yield {
-                    name: encoder(images, sizes).to(torch.float16).cpu()
+                    name: rounded(encoder, encoder(images, sizes)).cpu()
                     for name, encoder in self.encoders.items()
                 }
 
@@ -111,7 +121,7 @@ class FeatureCache:
         self._places.update((digest, (number, row)) for row, digest in enumerate(digests))
 
     def lookup(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        """Features of the records by encoder, float16[B, C, h, w].
+        """Features of the records by encoder, float16 or float32[B, C, h, w].
 
         Raises KeyError for a record whose table was not given to `fill`.
         """

@@ -53,7 +53,9 @@ def place_words(
     words = words_of_tokens(tokenizer, ids)
     scores = log_probs.tolist()
     placed = [
-        place_word(word, [scores[i] for i in word.tokens], points[pointing_token(word, ids, tokenizer)])
+        place_word(
+            word, [scores[i] for i in word.tokens], points[pointing_token(word, ids, tokenizer)]
+        )
         for word in words
     ]
     return Caption(" ".join(word.text for word in words), tuple(placed), sum(scores))

@@ -67,7 +67,9 @@ class SourceRecords:
         contexts = self.source.contexts
         drawn = rng.integers(len(contexts), size=count)
         return Prompted(
-            record, phrases, tuple(fill(contexts[i], p) for i, p in zip(drawn, phrases, strict=True))
+            record,
+            phrases,
+            tuple(fill(contexts[i], p) for i, p in zip(drawn, phrases, strict=True)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,10 +35,13 @@ Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the original image.
 """
 
 
-def model_card(model: PixelLLM) -> str:
-    """Markdown with the model's facts."""
+def model_card(model: PixelLLM, referenced: Sequence[str]) -> str:
+    """Markdown with the model's facts.
+
+    Args:
+        referenced: parts whose published weights are not in the folder.
+    """
     config = model.config
-    referenced = not config.include_frozen and config.model.language.trunk is not None
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return TEMPLATE.format(
@@ -48,5 +52,5 @@ def model_card(model: PixelLLM) -> str:
         parameters=count / 1e6,
         trained=trained / 1e6,
         trunk=config.model.language.trunk or "T5 from random weights",
-        frozen="referenced, loaded from their source" if referenced else "included",
+        frozen=f"{', '.join(referenced)}: loaded from their source" if referenced else "included",
     )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from pixelllm.checkpoints import load_config, load_weights, save_config, save_weights
+from pixelllm.checkpoints import (
+    load_config,
+    load_weights,
+    save_config,
+    save_weights,
+    write_text,
+)
 from pixelllm.config import Config
 from pixelllm.generation import Caption, place_words, stream_words
 from pixelllm.model_card import model_card
@@ -18,6 +24,9 @@ from pixelllm.models.pixelllm import PixelLLMNetwork
 from pixelllm.processor import Processor, ProcessorConfig
 from pixelllm.recipes import default_contexts
 
+PUBLISHED = ("language", "sam", "eva02")  # parts whose weights a config can name
+TRUNK_FOLDER = "trunk"  # structure of a published trunk, for saved models that carry its weights
+
 
 class PixelLLM(PixelLLMNetwork):
     """A vision-language model that points at every word it writes.
@@ -25,14 +34,19 @@ class PixelLLM(PixelLLMNetwork):
     Args:
         config: sizes and recipe.
         tokenizer: of the trunk; only generation and saving use it.
-        pretrained: start the trunk from its published weights instead of random ones.
+        published: of `PUBLISHED`, the parts that start from the weights that the config names.
+        trunk: structure of a trunk with random weights; None takes the sizes of the config.
     """
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerFast, pretrained: bool = False
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerFast,
+        published: Collection[str] = (),
+        trunk: PretrainedConfig | None = None,
     ) -> None:
-        language = build_language(config.model.language, pretrained)
-        super().__init__(**build_parts(config.model, language))
+        language = build_language(config.model.language, "language" in published, trunk)
+        super().__init__(**build_parts(config.model, language, published))
         self.config = config
         self.tokenizer = tokenizer
 
@@ -44,9 +58,12 @@ class PixelLLM(PixelLLMNetwork):
         """
         config = load_config(Config, name_or_path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
-        referenced = referenced_parts(config)
-        model = cls(config, tokenizer, pretrained="language" in referenced)
-        load_weights(model, name_or_path, referenced)
+        published = [part for part in PUBLISHED if is_referenced(part, config)]
+        trunk = None
+        if config.model.language.trunk is not None and "language" not in published:
+            trunk = AutoConfig.from_pretrained(name_or_path, subfolder=TRUNK_FOLDER)
+        model = cls(config, tokenizer, published, trunk)
+        load_weights(model, name_or_path, lambda name: is_referenced(name, config))
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -54,8 +71,11 @@ class PixelLLM(PixelLLMNetwork):
         folder = Path(folder)
         save_config(self.config, folder)
         self.processor().save_pretrained(folder)
-        save_weights(self, folder, referenced_parts(self.config))
-        (folder / "README.md").write_text(model_card(self))
+        if self.config.model.language.trunk is not None:
+            self.language.model.config.save_pretrained(folder / TRUNK_FOLDER)
+        save_weights(self, folder, lambda name: is_referenced(name, self.config))
+        referenced = [part for part in PUBLISHED if is_referenced(part, self.config)]
+        write_text(folder / "README.md", model_card(self, referenced))
 
     def processor(self) -> Processor:
         """The processor that belongs to this model."""
@@ -157,8 +177,24 @@ class PixelLLM(PixelLLMNetwork):
         )
 
 
-def referenced_parts(config: Config) -> tuple[str, ...]:
-    """Frozen pretrained parts that a saved model names instead of carrying."""
-    if config.include_frozen or config.model.language.trunk is None:
-        return ()
-    return ("language.model",) if config.model.language.lora_rank else ()
+def is_referenced(name: str, config: Config) -> bool:
+    """Whether a saved model names the source of this tensor instead of carrying it.
+
+    These are the frozen weights that are published: the trunk under its LoRA factors, SAM, EVA02.
+    """
+    part = name.split(".")[0]
+    model, frozen = config.model, config.train.frozen
+    if config.include_frozen:
+        return False
+    if part == "language":
+        return (
+            model.language.trunk is not None
+            and model.language.lora_rank > 0
+            and "lora_" not in name
+        )
+    sources = {
+        "sam": model.sam.weights,
+        "prompt_encoder": model.sam.weights,
+        "eva02": model.eva02.weights,
+    }
+    return part in frozen and sources.get(part) is not None

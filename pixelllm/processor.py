@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from pixelllm.batches import WHOLE_IMAGE, encode_context
+from pixelllm.checkpoints import find_file, from_fields, write_text
 from pixelllm.images import open_image, to_frame
 from pixelllm.records import Box
 
@@ -94,13 +94,13 @@ class Processor:
     def save_pretrained(self, folder: Path | str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        write_text(Path(folder) / PROCESSOR_FILE, json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, name_or_path: Path | str) -> Processor:
         """From a run's folder or a Hub id."""
-        file = cached_file(str(name_or_path), PROCESSOR_FILE)
-        config = ProcessorConfig(**json.loads(Path(file).read_text()))
+        file = find_file(name_or_path, PROCESSOR_FILE)
+        config = from_fields(ProcessorConfig, json.loads(file.read_text()), str(file))
         return cls(PreTrainedTokenizerFast.from_pretrained(name_or_path), config)
 
 

@@ -192,4 +192,3 @@ def random_captions(count: int, captions: Sequence[str]) -> list[str]:
 def boxes_of(caption: Caption) -> np.ndarray:
     """float32[W, 4] of the generated words."""
     return np.array([word.box for word in caption.words], np.float32).reshape(-1, 4)
-

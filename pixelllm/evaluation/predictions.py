@@ -32,7 +32,11 @@ def narrative_line(narration: Narration) -> dict[str, Any]:
         ],
         "traces": [
             [
-                {"x": word.point[0], "y": word.point[1], "t": round((i + 0.5) * SECONDS_PER_WORD, 3)}
+                {
+                    "x": word.point[0],
+                    "y": word.point[1],
+                    "t": round((i + 0.5) * SECONDS_PER_WORD, 3),
+                }
                 for i, word in enumerate(caption.words)
             ]
         ],

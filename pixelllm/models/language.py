@@ -25,6 +25,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -287,12 +288,25 @@ def build_t5(
         # Faster than sdpa for small models on a CPU: the position bias needs a gradient.
         attn_implementation="eager",
     )
+    return EncoderDecoderLanguage(_random_t5(config), official_masks)
+
+
+def _random_t5(config: T5Config) -> T5ForConditionalGeneration:
+    """A T5 of the given sizes; those whose output is not scaled have a head of their own."""
     model = T5ForConditionalGeneration(config)
-    # The library ties the head to the embedding whatever the config says.
-    model.lm_head = nn.Linear(width, vocab_size, bias=False)
-    nn.init.normal_(model.lm_head.weight, std=width**-0.5)
-    model.all_tied_weights_keys.pop("lm_head.weight")
-    return EncoderDecoderLanguage(model, official_masks)
+    if not config.scale_decoder_outputs:
+        # The library ties the head to the embedding whatever the config says.
+        model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
+        model.all_tied_weights_keys.pop("lm_head.weight")
+    return model
+
+
+def build_trunk(config: PretrainedConfig) -> EncoderDecoderLanguage | DecoderOnlyLanguage:
+    """The trunk of a `transformers` configuration with random weights, to load others into."""
+    if config.is_encoder_decoder:
+        return EncoderDecoderLanguage(_random_t5(config))
+    return DecoderOnlyLanguage(AutoModelForCausalLM.from_config(config))
 
 
 def build_causal(

@@ -19,7 +19,7 @@ from pixelllm.losses import point_loss, text_loss
 from pixelllm.mixture import Mixture
 from pixelllm.models.pixelllm import PixelLLMNetwork, Prediction
 from pixelllm.models.prompt import init_from_sam
-from pixelllm.pretrained import PixelLLM
+from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.records import Phrase
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
@@ -27,7 +27,6 @@ from pixelllm.training.loop import Stage
 from pixelllm.training.naming import load_eva02_run
 from pixelllm.training.optimizer import freeze
 from pixelllm.training.promptable import check_same, load_sam_run
-
 
 BASELINE_FILE = "training_captions.json"
 
@@ -55,7 +54,8 @@ def build_stage(
         branches = {"sam": model.sam, "eva02": model.eva02}
         frozen = {name: branch for name, branch in branches.items() if branch.is_frozen}
         with_images = len(frozen) < len(branches)
-        cache = FeatureCache(cache_folder, frozen, config.model.frame)
+        sizes = [replace(config.model.sam, weights=None), replace(config.model.eva02, weights=None)]
+        cache = FeatureCache(cache_folder, frozen, config.model.frame, sizes)
         for table in {id(table): table for table in [*tables, val]}.values():
             cache.fill(table, device)
     train = config.train
@@ -141,9 +141,14 @@ def text_limits(config: Config, model: PixelLLM) -> TextLimits:
 
 
 def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerFast:
-    """The trunk's tokenizer, or one trained on the captions of the tables."""
+    """That of the run to start from or of the trunk, else one trained on the tables' captions."""
+    if config.start.run is not None:  # its weights know no other
+        return PreTrainedTokenizerFast.from_pretrained(config.start.run)
     if config.model.language.trunk is not None:
-        return AutoTokenizer.from_pretrained(config.model.language.trunk)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.language.trunk)
+        if tokenizer.pad_token is None:  # as the trunk does
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
     contexts = [context for source in config.sources for context in source.contexts]
     return train_tokenizer(
         [*contexts, *_captions(tables, 20_000)], config.model.language.vocab_size
@@ -167,7 +172,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         check_same(config.model, model.config.model, str(start.run))
         model.config, model.tokenizer = config, tokenizer
         return model
-    model = PixelLLM(config, tokenizer, pretrained=True)
+    model = PixelLLM(config, tokenizer, published=PUBLISHED)
     if start.sam is not None:
         sam_config, sam = load_sam_run(start.sam)
         check_same(config.model.sam, sam_config.sam, str(start.sam))

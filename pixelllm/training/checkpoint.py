@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -103,10 +104,22 @@ class CheckpointFolder:
             (beside / "state.json").write_text(json.dumps({"step": step, "scores": state.scores}))
             shutil.rmtree(self.path(step), ignore_errors=True)
             os.replace(beside, self.path(step))
-        except BaseException:
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{self.path(step)} could not be written ({error}); checkpoints before it are "
+                "intact: make room and go on with --resume"
+            ) from error
+        finally:
             shutil.rmtree(beside, ignore_errors=True)
-            raise
         self._remove_old()
+
+    def require_none(self) -> None:
+        """Raise ValueError where an earlier run left checkpoints, lest two runs mix."""
+        if self.steps():
+            raise ValueError(
+                f"{self.folder} holds a run at step {self.steps()[-1]}; go on with --resume, "
+                "or choose another --out"
+            )
 
     def load_newest(self, state: TrainingState) -> int:
         """Load the newest checkpoint into `state`; returns its step, 0 where there is none."""

@@ -86,7 +86,9 @@ class Instances(Dataset):
         records = [self.records[step * self.batch_size + i] for i in range(self.batch_size)]
         images, sizes = frame_images(records, self.frame)
         objects = [[p for p in r.phrases if p.task == TASK and p.mask] for r in records]
-        chosen = [[o[i] for i in rng.permutation(len(o))[: self.objects_per_image]] for o in objects]
+        chosen = [
+            [o[i] for i in rng.permutation(len(o))[: self.objects_per_image]] for o in objects
+        ]
         K = max(map(len, chosen))
         side = self.frame // MASK_STRIDE
         boxes = torch.zeros(len(records), K, 4)

@@ -21,7 +21,7 @@ from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
 from pixelllm.training.logs import RunLog
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
 from pixelllm.training.schedule import learning_rate
-from pixelllm.training.signals import StopRequest
+from pixelllm.training.signals import StopRequest, ignore_interrupts
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ def train(stage: Stage, config: TrainConfig, out: Path, resume: bool) -> None:
     Checkpoints lie in `out/checkpoints`; `resume` goes on from the newest, bit for bit as if
     never interrupted. Ctrl-C and SIGTERM write a checkpoint and raise `StopRequest`.
     """
+    checkpoints = CheckpointFolder(out / "checkpoints", config.keep)
+    if not resume:
+        checkpoints.require_none()
     device = next(stage.model.parameters()).device
     freeze(stage.model, config.frozen)
     optimizer = build_optimizer(stage.model, config)
-    checkpoints = CheckpointFolder(out / "checkpoints", config.keep)
     state = TrainingState(stage.model, optimizer)
     step = checkpoints.load_newest(state) if resume else 0
     log = RunLog(out, step, config.steps)
@@ -115,7 +117,12 @@ def loader(batches: Dataset, step: int, config: TrainConfig) -> Iterator[Any]:
     own = torch.Generator().manual_seed(config.seed)
     return iter(
         DataLoader(
-            batches, batch_size=None, sampler=numbers, num_workers=config.workers, generator=own
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=config.workers,
+            generator=own,
+            worker_init_fn=ignore_interrupts,
         )
     )
 

@@ -68,7 +68,12 @@ def build_stage(
         index, is_object = patch_labels(batch, logits.shape[1])
         image = torch.arange(len(batch), device=index.device)[:, None, None].expand_as(index)
         image, index = image[is_object], index[is_object]
-        return logits[is_object], batch.words[image, index], boxes[is_object], batch.boxes[image, index]
+        return (
+            logits[is_object],
+            batch.words[image, index],
+            boxes[is_object],
+            batch.boxes[image, index],
+        )
 
     def loss(batch: InstanceBatch) -> dict[str, Tensor]:
         logits, names, boxes, true_boxes = predict(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,11 +132,21 @@ def load_sam_run(folder: Path | str) -> tuple[SamPretraining, PromptableSam]:
 
 def check_same(ours: object, theirs: object, where: str) -> None:
     """Raise ValueError naming the sizes in which two configurations of a part differ."""
-    ignored = {"weights", "half_features", "drop_path"}
+    ignored = {"weights", "half_features", "drop_path", "dropout", "from_sam"}
+    here = _leaves(asdict(ours))
     differences = [
-        f"{name} is {theirs_value} there, {asdict(ours)[name]} here"
-        for name, theirs_value in asdict(theirs).items()
-        if name not in ignored and asdict(ours)[name] != theirs_value
+        f"{name} is {value} there, {here[name]} here"
+        for name, value in _leaves(asdict(theirs)).items()
+        if name.split(".")[-1] not in ignored and here[name] != value
     ]
     if differences:
         raise ValueError(f"{where}: " + "; ".join(differences))
+
+
+def _leaves(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in fields.items():
+        nested = isinstance(value, dict)
+        leaves |= _leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return leaves

@@ -49,3 +49,8 @@ class StopRequest(Exception):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Let the loader's processes live on after Ctrl-C: the step in flight still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
