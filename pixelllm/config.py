@@ -184,6 +184,7 @@ class SamPretraining:
     frame: int
     sam: SamConfig
     num_layers: int = 2  # of the mask decoder's two-way transformer
+    num_heads: int = 8
     mlp_width: int = 512
     prompts_per_image: int = 6
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -196,5 +197,5 @@ class Eva02Pretraining:
     name: str
     frame: int
     eva02: Eva02Config
-    box_weight: float = 10.0
+    box_weight: float = 2.0
     train: TrainConfig = field(default_factory=TrainConfig)

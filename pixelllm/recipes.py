@@ -74,19 +74,37 @@ TINY_EVA02 = Eva02Config(
 )
 
 
+TINY_PRETRAINING = TrainConfig(
+    batch_size=8,
+    lr=2e-3,
+    warmup=50,
+    weight_decay=0.01,
+    betas=(0.9, 0.98),
+    clip=1.0,
+    frozen=(),
+    threads=1,  # the two stages run side by side
+    log_every=20,
+    eval_every=500,
+    eval_batches=16,
+    save_every=500,
+)
+
+
 def scenes_sam() -> SamPretraining:
-    """A small SAM on crowded scenes: what scenes-tiny needs for its frozen half."""
-    train = TrainConfig(
-        steps=500, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, frozen=(), eval_every=250
+    """A small SAM on crowded scenes: the frozen half of scenes-tiny's eyes."""
+    return SamPretraining(
+        name="scenes-sam",
+        frame=160,
+        sam=TINY_SAM,
+        num_heads=4,
+        prompts_per_image=4,
+        train=replace(TINY_PRETRAINING, steps=800),
     )
-    return SamPretraining(name="scenes-sam", frame=160, sam=TINY_SAM, train=train)
 
 
 def scenes_eva02() -> Eva02Pretraining:
-    """A small EVA02 that knows what and where the objects of scenes are."""
-    train = TrainConfig(
-        steps=600, batch_size=16, lr=1.5e-3, warmup=50, weight_decay=0.01, frozen=(), eval_every=300
-    )
+    """A small EVA02 that knows what and where the objects of scenes are: the other half."""
+    train = replace(TINY_PRETRAINING, steps=1500)
     return Eva02Pretraining(name="scenes-eva02", frame=160, eva02=TINY_EVA02, train=train)
 
 
@@ -102,6 +120,7 @@ def scenes_tiny() -> Config:
                 width=128,
                 num_layers=2,
                 mlp_width=512,
+                num_heads=4,
                 output_width=128,
                 value_position=True,
                 from_sam=True,

@@ -30,47 +30,50 @@ class TrainingState:
     optimizer: Optimizer
     scores: dict[str, float] = field(default_factory=dict)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+    def weights(self) -> dict[str, Tensor]:
+        """Trainable parameters, and buffers such as the running statistics of a norm."""
+        saved = self.model.state_dict().keys()
+        buffers = {name: b for name, b in self.model.named_buffers() if name in saved}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad} | buffers
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments and random state under flat names."""
         tensors = {"random.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        for name, parameter in self.trainable().items():
-            tensors[f"weight.{name}"] = parameter.detach().contiguous()
-            for moment in MOMENTS if self.optimizer.state[parameter] else ():
-                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        for name, weight in self.weights().items():
+            tensors[f"weight.{name}"] = weight.detach().contiguous()
+            for moment, value in self.optimizer.state.get(weight, {}).items():
+                tensors[f"{moment}.{name}"] = value
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`. Raises ValueError naming the keys that do not fit."""
-        parameters = self.trainable()
-        _check_weights(parameters, tensors)
+        weights = self.weights()
+        _check_weights(weights, tensors)
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
-        for name, parameter in parameters.items():
+        for name, weight in weights.items():
             with torch.no_grad():
-                parameter.copy_(tensors[f"weight.{name}"])
+                weight.copy_(tensors[f"weight.{name}"])
             if f"exp_avg.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    moment: tensors[f"{moment}.{name}"].to(
-                        parameter.device if moment != "step" else "cpu"
-                    )
-                    for moment in MOMENTS
+                moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
+                self.optimizer.state[weight] = {
+                    # AdamW keeps its step count on the CPU.
+                    moment: value if moment == "step" else value.to(weight.device)
+                    for moment, value in moments.items()
                 }
 
 
-def _check_weights(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def _check_weights(weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     stored = {key.removeprefix("weight."): t for key, t in tensors.items() if key[:7] == "weight."}
-    problems = [f"missing {name}" for name in parameters.keys() - stored.keys()]
-    problems += [f"unexpected {name}" for name in stored.keys() - parameters.keys()]
+    problems = [f"missing {name}" for name in weights.keys() - stored.keys()]
+    problems += [f"unexpected {name}" for name in stored.keys() - weights.keys()]
     problems += [
-        f"{name} has shape {tuple(stored[name].shape)}, the model {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in stored and stored[name].shape != parameter.shape
+        f"{name} has shape {tuple(stored[name].shape)}, the model {tuple(weight.shape)}"
+        for name, weight in weights.items()
+        if name in stored and stored[name].shape != weight.shape
     ]
     if problems:
         raise ValueError("the checkpoint does not fit the recipe: " + "; ".join(sorted(problems)))

@@ -32,7 +32,9 @@ class PromptableSam(nn.Module):
         grid = config.frame // config.sam.patch_size
         self.image_encoder = build_sam_branch(config.sam, config.frame)
         self.prompt_encoder = PromptEncoder(width, (grid, grid), (config.frame, config.frame))
-        self.mask_decoder = MaskDecoder(width, config.num_layers, mlp_width=config.mlp_width)
+        self.mask_decoder = MaskDecoder(
+            width, config.num_layers, config.num_heads, config.mlp_width
+        )
 
     def forward(
         self, images: Tensor, sizes: Tensor, points_px: Tensor, boxes_px: Tensor, by_box: Tensor
