@@ -39,7 +39,10 @@ def load_config(kind: type[T], name_or_path: Path | str) -> T:
         ValueError: the run is of another kind, or has a field that does not exist.
     """
     file = find_file(name_or_path, CONFIG_FILE)
-    fields = json.loads(file.read_text())
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     fields.pop("model_type", None)
     found = fields.pop("kind", None)
     if found != kind.__name__:

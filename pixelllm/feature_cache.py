@@ -34,7 +34,7 @@ def weights_digest(modules: dict[str, nn.Module], *facts: object) -> str:
     for name, module in sorted(modules.items()):
         for key, value in sorted(module.state_dict().items()):
             digest.update(f"{name}.{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,24 @@
+"""Configurations: what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from pixelllm.config import ModelConfig, TrainConfig
+
+
+def test_a_frame_must_be_whole_patches():
+    with pytest.raises(ValueError, match="frame 100 .* patch size 16"):
+        ModelConfig(frame=100)
+
+
+def test_a_batch_must_split_into_its_accumulation_steps():
+    with pytest.raises(ValueError, match="batch_size 10 .* accumulate 4"):
+        TrainConfig(batch_size=10, accumulate=4)
+
+
+def test_configurations_do_not_change(tiny_config):
+    with pytest.raises(FrozenInstanceError):
+        tiny_config.name = "other"
