@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from pixelllm.alignment import words_of
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # T5's ids 0, 1, 2; T5 also begins with <pad>
 
@@ -51,29 +54,22 @@ def words_of_tokens(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]
     """Group token ids into whitespace words; special tokens belong to none.
 
     Positions index `token_ids`. Joined with blanks, the words are the decoded caption up to
-    white space. Decodes growing prefixes, as byte-level pieces have no text of their own.
+    white space. A token of white space alone, or of some bytes of a character, belongs to the
+    word that goes on or follows.
     """
-    words: list[Word] = []
     special = set(tokenizer.all_special_ids)
-    kept: list[int] = []
-    text, starts_word = "", True
-    for position, token in enumerate(token_ids):
-        if token in special:
-            continue
-        kept.append(token)
-        longer = tokenizer.decode(kept, skip_special_tokens=True)
-        addition = longer[len(text) :]
-        text = longer
-        starts_word = starts_word or addition[:1].isspace()
-        if not addition.strip():
-            starts_word = starts_word or bool(addition)
-            continue
-        parts = addition.split()
-        if starts_word or not words:
-            words.append(Word(parts[0], [position]))
-        else:
-            last = words.pop()
-            words.append(Word(last.text + parts[0], [*last.tokens, position]))
-        words.extend(Word(part, [position]) for part in parts[1:])
-        starts_word = addition[-1].isspace()
+    positions = [place for place, token in enumerate(token_ids) if token not in special]
+    kept = [token_ids[place] for place in positions]
+    text = tokenizer.decode(kept)
+    spans = words_of(text)
+    words = [Word(text[first:last], []) for first, last in spans]
+    start = 0
+    for count, position in enumerate(positions, start=1):
+        # Byte-level pieces have no text of their own: an unfinished character is not in `text`.
+        end = max(start, len(os.path.commonprefix([tokenizer.decode(kept[:count]), text])))
+        touched = [n for n, (first, last) in enumerate(spans) if first < end and start < last]
+        following = [n for n, (_, last) in enumerate(spans) if start < last][:1]
+        for number in touched or following:
+            words[number].tokens.append(position)
+        start = end
     return words
