@@ -1,0 +1,142 @@
+"""The training stream is a function of seed and step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelllm.batches import Batch, TextLimits
+from pixelllm.config import Source
+from pixelllm.mixture import Mixture, SourceRecords, fill, records_with_task
+from pixelllm.records import Phrase, Record
+from pixelllm.tables import Table, write_table
+from pixelllm.tokenizer import train_tokenizer
+
+TASKS = ("narration", "caption")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Table:
+    """Ten images: all with two narrations, every third with a caption as well."""
+    folder = tmp_path_factory.mktemp("table")
+    Image.new("RGB", (20, 10)).save(folder / "image.png")
+
+    def records():
+        for number in range(10):
+            tasks = ["narration", "narration"] + ["caption"] * (number % 3 == 0)
+            phrases = tuple(
+                Phrase(f"{number}-{i}", task, f"red car {number}", context=f"about {number}")
+                for i, task in enumerate(tasks)
+            )
+            yield Record(f"x/{number}", (10, 20), phrases, path=str(folder / "image.png"))
+
+    write_table(records(), folder / "records", {})
+    return Table(folder / "records")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["red car about 0123456789"] * 3, 100)
+
+
+SOURCES = (Source("narration", weight=2, batch_size=3), Source("caption", weight=1))
+
+
+def mixture(table, tokenizer, sources=SOURCES, num_steps=60, seed=0) -> Mixture:
+    limits = TextLimits(0, 16, 8)
+    return Mixture(
+        [table], sources, tokenizer, limits, frame=32, batch_size=2, num_steps=num_steps, seed=seed
+    )
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    pairs = zip(first.text, second.text, strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs) and torch.equal(first.points, second.points)
+    return first.ids == second.ids and torch.equal(first.images, second.images) and same
+
+
+def test_records_of_a_task_are_found(table):
+    assert records_with_task(table, "narration").tolist() == list(range(10))
+    assert records_with_task(table, "caption").tolist() == [0, 3, 6, 9]
+    assert records_with_task(table, "region").tolist() == []
+
+
+def test_an_absent_task_is_named_with_the_tables(table):
+    with pytest.raises(ValueError, match=rf"needs 'region' phrases; none in {table.path}"):
+        SourceRecords([table], Source("region"), seed=0)
+
+
+def test_the_stream_depends_on_seed_and_step_alone(table, tokenizer):
+    """Any step can be asked for, in any order, by anyone: that is what a resume relies on."""
+    whole, again = mixture(table, tokenizer), mixture(table, tokenizer)
+    batches = [whole[step] for step in range(20)]
+    for step in (19, 7, 8, 0, 19):
+        assert equal(again[step], batches[step]), step
+    other = mixture(table, tokenizer, seed=1)
+    assert [other[step].ids for step in range(20)] != [batch.ids for batch in batches]
+
+
+def test_a_longer_run_begins_with_the_same_batches(table, tokenizer):
+    short, long = mixture(table, tokenizer), mixture(table, tokenizer, num_steps=600)
+    assert all(short[step].ids == long[step].ids for step in range(60))
+
+
+def test_shares_of_the_sources_match_their_weights(table, tokenizer):
+    picks = Counter(mixture(table, tokenizer, num_steps=6000).picks.tolist())
+    assert picks[0] / 6000 == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_whole_batches_come_from_one_source(table, tokenizer):
+    stream = mixture(table, tokenizer)
+    phrases = {p.id: p.task for i in range(10) for p in table[i].phrases}
+    for step in range(12):
+        batch, task = stream[step], SOURCES[stream.picks[step]].task
+        assert {phrases[name] for name in batch.ids} == {task}
+        assert len(batch) == {"narration": 3, "caption": 2}[task]
+
+
+def test_loss_weights_are_those_of_the_source(table, tokenizer):
+    sources = (replace(SOURCES[0], text_weight=0.5), replace(SOURCES[1], point_weight=0.0))
+    stream = mixture(table, tokenizer, sources)
+    found = {
+        (int(stream.picks[i]), stream[i].text_weight, stream[i].point_weight) for i in range(12)
+    }
+    assert found == {(0, 0.5, 1.0), (1, 1.0, 0.0)}
+
+
+def test_every_record_comes_once_per_epoch_over_all_tables(table):
+    walk = SourceRecords([table, table], Source("narration"), seed=3)
+    names = [walk[position].id for position in range(60)]
+    for epoch in range(3):
+        assert Counter(names[20 * epoch : 20 * epoch + 20]) == {f"x/{i}": 2 for i in range(10)}
+    assert names[:20] != names[20:40]
+    assert [walk[position].id for position in (45, 5, 25)] == [names[i] for i in (45, 5, 25)]
+
+
+def test_batches_of_a_source_walk_on_from_each_other(table, tokenizer):
+    """Steps of another source in between skip and repeat nothing."""
+    stream = mixture(table, tokenizer)
+    steps = [step for step in range(60) if stream.picks[step] == 0][:10]
+    names = [name.split("-")[0] for step in steps for name in stream[step].ids]
+    assert all(Counter(names[10 * e : 10 * e + 10]).most_common(1)[0][1] == 1 for e in range(3))
+
+
+def test_phrases_and_contexts_are_drawn_anew(table, tokenizer):
+    source = Source("narration", contexts=("", "say {}:"), phrases_per_image=1)
+    walk, rng = SourceRecords([table], source, seed=0), np.random.default_rng(0)
+    drawn = [walk.choose(table[4], rng) for _ in range(60)]
+    assert {item.phrases[0].id for item in drawn} == {"4-0", "4-1"}
+    assert {item.contexts[0] for item in drawn} == {"", "say about 4:"}
+    several = SourceRecords([table], replace(source, phrases_per_image=5), seed=0)
+    assert len(several.choose(table[4], rng).phrases) == 2
+
+
+def test_a_template_takes_the_context_of_the_phrase():
+    phrase = Phrase("p", "referring", "x", context="the {} car")
+    assert fill("where is {}?", phrase) == "where is the {} car?"
+    assert fill("plain", phrase) == "plain"
