@@ -58,7 +58,7 @@ class FeatureCache:
 
     Args:
         folder: of all caches; this one is a subfolder.
-        encoders: the frozen branches by name.
+        encoders: the frozen branches by name; they are put into evaluation mode.
         frame: the side images are padded to.
         facts: what else decides their output, such as the sizes of their windows.
     """
@@ -66,7 +66,7 @@ class FeatureCache:
     def __init__(
         self, folder: Path | str, encoders: dict[str, ImageBranch], frame: int, facts: object = ()
     ) -> None:
-        self.encoders = encoders
+        self.encoders = {name: encoder.eval() for name, encoder in encoders.items()}
         self.frame = frame
         precisions = [encoder.half_features for _, encoder in sorted(encoders.items())]
         self.folder = Path(folder) / weights_digest(encoders, frame, precisions, facts)
