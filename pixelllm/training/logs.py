@@ -9,6 +9,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pixelllm.checkpoints import write_text
+
 
 class RunLog:
     """Use as a context manager around the loop.
@@ -22,9 +24,10 @@ class RunLog:
     def __init__(self, out: Path, first_step: int, num_steps: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = (line for line in lines if line.endswith("\n"))  # a killed run may cut its last
+        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        write_text(self.path, "".join(kept))
         self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
         self.bar = tqdm(total=num_steps, initial=first_step, desc=out.name, unit="step")
         self._reset()
