@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
@@ -67,6 +68,8 @@ class Processor:
         """
         if isinstance(images, (str, Path, bytes, Image)):
             images = [images]
+        if not images:
+            raise ValueError("no image given")
         framed = [to_frame(open_image(image), self.config.frame) for image in images]
         prompts = _prompts(boxes, len(images))
         if contexts is None:
@@ -106,8 +109,7 @@ class Processor:
 
 def check_box(box: Box) -> Box:
     """The box itself. Raises ValueError unless 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1."""
-    x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(
             f"box {tuple(box)}: expected x0 < x1 and y0 < y1 in [0, 1] of the image "
             "(left, top, right, bottom); divide pixels by the image's width and height"
@@ -120,11 +122,12 @@ def _prompts(boxes: Sequence[Box | Sequence[Box] | None] | None, num_images: int
     boxes = [None] * num_images if boxes is None else boxes
     if len(boxes) != num_images:
         raise ValueError(f"{len(boxes)} entries of boxes for {num_images} images")
-    rows = [
-        [WHOLE_IMAGE] if entry is None else [entry] if isinstance(entry[0], (int, float)) else entry
-        for entry in boxes
-    ]
+    given = [[WHOLE_IMAGE] if entry is None else entry for entry in boxes]
+    if not all(map(len, given)):
+        raise ValueError("an image needs at least one box, or None for the whole of it")
+    rows = [[entry] if np.ndim(entry[0]) == 0 else entry for entry in given]
     counts = {len(row) for row in rows}
     if len(counts) > 1:
         raise ValueError(f"every image needs the same number of boxes, not {sorted(counts)}")
-    return torch.tensor([[check_box(tuple(box)) for box in row] for row in rows])
+    checked = [[check_box(tuple(map(float, box))) for box in row] for row in rows]
+    return torch.tensor(checked, dtype=torch.float32)
