@@ -28,17 +28,44 @@ lint: .venv/installed
 $(DATA)/scenes/scenes.json: .venv/installed
 	$(PY) -m data.scenes $(DATA)/scenes --train 12000 --val 500 --seed 0
 
-$(DATA)/crowded/scenes.json: .venv/installed
-	$(PY) -m data.scenes $(DATA)/crowded --train 3000 --val 100 --seed 1 \
-	    --objects 10 14 --min-size 0.13 --max-size 0.3 --max-overlap 0.3
+$(DATA)/busy/scenes.json: .venv/installed
+	$(PY) -m data.scenes $(DATA)/busy --train 4000 --val 100 --seed 1 \
+	    --objects 6 7 --min-size 0.2 --max-size 0.42 --max-overlap 0.4
 
-$(DATA)/%/narrations/records.arrow: $(DATA)/scenes/scenes.json
+$(DATA)/narrations_%/records.arrow: $(DATA)/scenes/scenes.json
 	$(PY) -m data.localized_narratives --images $(DATA)/scenes --out $(@D) \
 	    $(DATA)/scenes/annotations/scenes_$*_localized_narratives.jsonl
 
-$(DATA)/%/crowded/records.arrow: $(DATA)/crowded/scenes.json
-	$(PY) -m data.coco $(DATA)/crowded/annotations/instances_$*.json \
-	    --images $(DATA)/crowded/$* --out $(@D)
+$(DATA)/regions_%/records.arrow: $(DATA)/scenes/scenes.json
+	$(PY) -m data.coco $(DATA)/scenes/annotations/instances_$*.json \
+	    --images $(DATA)/scenes/$* --out $(@D)
+
+$(DATA)/busy_%/records.arrow: $(DATA)/busy/scenes.json
+	$(PY) -m data.coco $(DATA)/busy/annotations/instances_$*.json \
+	    --images $(DATA)/busy/$* --out $(@D)
+
+# The two halves of the model's eyes learn side by side, one thread each.
+$(RUN)/sam/model.safetensors: $(DATA)/busy_train/records.arrow $(DATA)/busy_val/records.arrow
+	$(PY) train.py scenes-sam --data $(DATA)/busy_train --val $(DATA)/busy_val \
+	    --out $(@D) --resume
+
+$(RUN)/eva02/model.safetensors: $(DATA)/busy_train/records.arrow $(DATA)/busy_val/records.arrow
+	$(PY) train.py scenes-eva02 --data $(DATA)/busy_train --val $(DATA)/busy_val \
+	    --out $(@D) --resume
+
+$(RUN)/model.safetensors: $(DATA)/narrations_train/records.arrow \
+    $(DATA)/narrations_val/records.arrow $(DATA)/regions_train/records.arrow
+	$(MAKE) -j2 $(RUN)/sam/model.safetensors $(RUN)/eva02/model.safetensors
+	$(PY) train.py scenes-tiny --data $(DATA)/narrations_train $(DATA)/regions_train \
+	    --val $(DATA)/narrations_val --start.sam $(RUN)/sam --start.eva02 $(RUN)/eva02 \
+	    --cache-features $(RUN)/cache --out $(RUN) --resume
+
+$(RUN)/eval/trace.json: $(RUN)/model.safetensors
+	$(PY) eval.py $(RUN) --task trace --data $(DATA)/narrations_val
+
+$(RUN)/gallery.html: $(RUN)/eval/trace.json
+	$(PY) -m pixelllm.cli caption $$(ls $(DATA)/scenes/val/*.jpg | head -n 60) \
+	    --model $(RUN) --html $@ --json > $(RUN)/captions.jsonl
 
 clean:
 	rm -rf $(RUN)

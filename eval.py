@@ -29,7 +29,7 @@ from pixelllm.evaluation.meteor import score_meteor, unavailable_reason
 from pixelllm.evaluation.narrations import Narration
 from pixelllm.evaluation.predictions import narrative_line
 from pixelllm.pretrained import PixelLLM
-from pixelllm.tables import Table
+from pixelllm.tables import REPORT_FILE, Table
 from pixelllm.training.captioning import BASELINE_FILE
 
 Scores = dict[str, float]
@@ -46,7 +46,7 @@ class Options:
         limit: at most this many narrations.
         beams: beam search width; 1 is greedy.
         batch_size: images at a time.
-        truth: what the images really show, by image id; the table's own truth.jsonl by default.
+        truth: what the images show, by image id; found beside the annotations of scenes.
         out: where to write; RUN/eval by default.
         device: auto, cpu, cuda or mps.
     """
@@ -77,8 +77,8 @@ def evaluate(options: Options) -> None:
     captions = training_captions(options.run, found)
     metrics = trace.score_narrations(found) | meteor(found)
     baselines = trace.score_baselines(found, captions)
-    truth_file = options.truth or table.path / "truth.jsonl"
-    if truth_file.exists():
+    truth_file = options.truth or find_truth(table)
+    if truth_file is not None:
         known = objects.load_truth(truth_file)
         metrics |= object_scores(found, known)
         metrics |= {
@@ -98,6 +98,16 @@ def evaluate(options: Options) -> None:
     }
     write_text(out / "trace.json", json.dumps(result, indent=2) + "\n")
     print_table(metrics, baselines, len(found))
+
+
+def find_truth(table: Table) -> Path | None:
+    """The truth file that data.scenes writes beside the annotations a table was made from."""
+    report = json.loads((table.path / REPORT_FILE).read_text())
+    for file in map(Path, report.get("files", [])):
+        truth = file.with_name(file.name.split("_localized_narratives")[0] + "_truth.jsonl")
+        if truth.exists():
+            return truth
+    return None
 
 
 def training_captions(run: Path, found: list[Narration]) -> list[str]:

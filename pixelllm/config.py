@@ -105,6 +105,7 @@ class Source:
 
     task: str
     weight: float = 1.0  # share of the batches, relative to the other sources
+    until: float = 1.0  # share of the training after which the source is left out
     batch_size: int | None = None  # images; None is the recipe's
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own

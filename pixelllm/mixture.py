@@ -78,6 +78,15 @@ def fill(template: str, phrase: Phrase) -> str:
     return template.replace("{}", phrase.context)
 
 
+def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:
+    """The source of every step, int64[num_steps]."""
+    progress = np.arange(num_steps)[:, None] / max(num_steps, 1)
+    weights = np.array([[s.weight for s in sources]]) * (progress < [s.until for s in sources])
+    shares = weights.cumsum(1) / weights.sum(1, keepdims=True)
+    chance = np.random.default_rng([seed, len(sources)]).random((num_steps, 1))
+    return (chance >= shares).sum(1)
+
+
 class Mixture(Dataset):
     """Batches by step number.
 
@@ -113,9 +122,7 @@ class Mixture(Dataset):
         self.seed = seed
         self.cache = cache
         self.with_images = with_images
-        weights = np.array([source.weight for source in sources], dtype=np.float64)
-        rng = np.random.default_rng([seed, len(sources)])
-        self.picks = rng.choice(len(sources), size=num_steps, p=weights / weights.sum())
+        self.picks = draw_sources(sources, num_steps, seed)
         # How often a step's source was picked before: its place in that source's walk.
         self.turns = np.zeros(num_steps, dtype=np.int64)
         for number in range(len(sources)):
