@@ -33,29 +33,58 @@ def records_with_task(table: Table, task: str) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
+def caption_lengths(table: Table) -> np.ndarray:
+    """Characters of every record's first caption, int64[n]."""
+    lengths = []
+    for chunk in table.rows.data.column("phrases").chunks:
+        first = pc.list_element(pc.list_slice(chunk, 0, 1), 0)
+        lengths.append(pc.utf8_length(pc.struct_field(first, "caption")))
+    return np.concatenate([part.to_numpy(zero_copy_only=False) for part in lengths])
+
+
+def epoch_order(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order in which neighbours that share a batch have captions of like length.
+
+    Sorting the captions of eight batches at a time saves most of the padding.
+    """
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), 8 * batch_size):
+        window = order[start : start + 8 * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        batches += [parts[i] for i in rng.permutation(len(parts))]
+    return np.concatenate(batches)
+
+
 class SourceRecords:
     """The records of one source over all tables, in a new random order every epoch."""
 
-    def __init__(self, tables: Sequence[Table], source: Source, seed: int) -> None:
+    def __init__(
+        self, tables: Sequence[Table], source: Source, batch_size: int, seed: int
+    ) -> None:
         self.tables = tables
         self.source = source
+        self.batch_size = source.batch_size or batch_size
         self.seed = seed
-        rows = [
-            np.stack([np.full(len(found), number), found], axis=1)
-            for number, found in enumerate(records_with_task(t, source.task) for t in tables)
-        ]
-        self.rows = np.concatenate(rows)  # (n, 2): table, record
+        found = [records_with_task(table, source.task) for table in tables]
+        self.rows = np.concatenate(
+            [np.stack([np.full(len(f), number), f], axis=1) for number, f in enumerate(found)]
+        )  # (n, 2): table, record
         if not len(self.rows):
             names = ", ".join(str(table.path) for table in tables)
             raise ValueError(f"the recipe needs {source.task!r} phrases; none in {names}")
+        self.lengths = np.concatenate(
+            [caption_lengths(table)[f] for table, f in zip(tables, found, strict=True)]
+        )
         self._order: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> Record:
         """The record at `position` of the endless walk."""
         epoch, index = divmod(position, len(self.rows))
         if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            self._order = (epoch, order)
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = (epoch, epoch_order(self.lengths, self.batch_size, rng))
         table, record = self.rows[self._order[1][index]]
         return self.tables[table][int(record)]
 
@@ -113,12 +142,12 @@ class Mixture(Dataset):
         with_images: bool = True,
     ) -> None:
         self.sources = [
-            SourceRecords(tables, source, seed + number) for number, source in enumerate(sources)
+            SourceRecords(tables, source, batch_size, seed + number)
+            for number, source in enumerate(sources)
         ]
         self.tokenizer = tokenizer
         self.limits = limits
         self.frame = frame
-        self.batch_size = batch_size
         self.seed = seed
         self.cache = cache
         self.with_images = with_images
@@ -135,9 +164,8 @@ class Mixture(Dataset):
     def __getitem__(self, step: int) -> Batch:
         records = self.sources[self.picks[step]]
         rng = np.random.default_rng([self.seed, 1, step])
-        size = records.source.batch_size or self.batch_size
-        first = int(self.turns[step]) * size
-        chosen = [records.choose(records[first + i], rng) for i in range(size)]
+        first = int(self.turns[step]) * records.batch_size
+        chosen = [records.choose(records[first + i], rng) for i in range(records.batch_size)]
         return assemble(
             chosen,
             self.tokenizer,

@@ -70,7 +70,7 @@ class Instances(Dataset):
         objects_per_image: int | None,
         seed: int,
     ) -> None:
-        self.records = SourceRecords(tables, Source(TASK), seed)
+        self.records = SourceRecords(tables, Source(TASK), batch_size, seed)
         self.words = {word: index for index, word in enumerate(words)}
         self.frame = frame
         self.batch_size = batch_size
