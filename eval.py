@@ -9,8 +9,10 @@ Prints one table, writes RUN/eval/trace.json and RUN/eval/trace_predictions.json
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,13 +93,18 @@ def evaluate(options: Options) -> None:
     lines = (json.dumps(narrative_line(narration)) + "\n" for narration in found)
     write_text(out / "trace_predictions.jsonl", "".join(lines))
     result = {
-        "metrics": metrics,
-        "baselines": baselines,
+        "metrics": without_nan(metrics),
+        "baselines": without_nan(baselines),
         "config": {**{k: str(v) for k, v in asdict(options).items()}, "recipe": model.config.name},
         "num_examples": len(found),
     }
     write_text(out / "trace.json", json.dumps(result, indent=2) + "\n")
     print_table(metrics, baselines, len(found))
+
+
+def without_nan(scores: Scores) -> dict[str, float | None]:
+    """JSON has no NaN: what could not be measured becomes null."""
+    return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
 
 def find_truth(table: Table) -> Path | None:
@@ -168,9 +175,10 @@ def print_table(metrics: Scores, baselines: Scores, count: int) -> None:
     print("baseline: a point in the image centre, a random training caption")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, prog="python eval.py", description=__doc__, args=arguments)
     try:
-        evaluate(tyro.cli(Options, prog="python eval.py", description=__doc__))
+        evaluate(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

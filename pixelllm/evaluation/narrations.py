@@ -6,7 +6,7 @@ that word and point errors do not mix (reference, section 12.1); generated, both
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,25 +135,33 @@ def _narration(
 
 def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
     """Point and caption scores that need nothing but the narrations."""
-    forced = [
-        (n.token_points, n.token_targets, ~np.isnan(n.token_targets).any((-1, -2)))
-        for n in narrations
-    ]
     references = {n.phrase.id: [n.phrase.caption] for n in narrations}
     return {
-        "point_l1": mean_trace_l1(forced),
+        "point_l1": point_l1([(n.token_points, n.token_targets) for n in narrations]),
         **lbm_scores([(n.word_boxes, n.target_boxes) for n in narrations]),
-        "lbm_generated_k0": float(
-            np.nanmean([trace_distance(boxes_of(n.generated), n.target_boxes) for n in narrations])
+        "lbm_generated_k0": mean_of_known(
+            trace_distance(boxes_of(n.generated), n.target_boxes) for n in narrations
         ),
         **score_captions({n.phrase.id: n.generated.text for n in narrations}, references),
     }
 
 
+def point_l1(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Official point error over (points, targets); narrations without any place do not count."""
+    known = [(p, t, ~np.isnan(t).any((-1, -2))) for p, t in pairs]
+    return mean_trace_l1([item for item in known if item[-1].any()])
+
+
+def mean_of_known(values: Iterable[float]) -> float:
+    """Mean of what is not NaN; NaN where all is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
 def lbm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """LBM with the caption given, for windows 0 and 1, of (predicted, target) word boxes."""
     return {
-        f"lbm_k{k}": float(np.nanmean([trace_distance_given_caption(p, t, k) for p, t in pairs]))
+        f"lbm_k{k}": mean_of_known(trace_distance_given_caption(p, t, k) for p, t in pairs)
         for k in (0, 1)
     }
 
@@ -164,21 +172,13 @@ def score_baselines(narrations: Sequence[Narration], captions: Sequence[str]) ->
     Args:
         captions: of the training data; one is drawn for every narration, with a fixed seed.
     """
-    centre = np.full((1, 2, 2), 0.5)
-    forced = [
-        (
-            np.broadcast_to(centre, n.token_targets.shape),
-            n.token_targets,
-            ~np.isnan(n.token_targets).any((-1, -2)),
-        )
-        for n in narrations
-    ]
+    centres = [(np.full_like(n.token_targets, 0.5), n.token_targets) for n in narrations]
     middle = [(np.full_like(n.word_boxes, 0.5), n.target_boxes) for n in narrations]
     drawn = random_captions(len(narrations), captions)
     hypotheses = {n.phrase.id: text for n, text in zip(narrations, drawn, strict=True)}
     references = {n.phrase.id: [n.phrase.caption] for n in narrations}
     return {
-        "point_l1": mean_trace_l1(forced),
+        "point_l1": point_l1(centres),
         **lbm_scores(middle),
         **score_captions(hypotheses, references),
     }
