@@ -1,7 +1,9 @@
 """The `pixelllm` command: caption images and look into runs.
 
-pixelllm caption photo.jpg --model runs/quickstart --html photo.html
-pixelllm info runs/quickstart
+    pixelllm caption photo.jpg --model runs/quickstart --html photo.html
+    pixelllm info runs/quickstart
+
+Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the image.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from pixelllm.devices import choose_device
 from pixelllm.images import open_image
 from pixelllm.pictures import write_gif, write_still
 from pixelllm.pretrained import PixelLLM
-from pixelllm.processor import check_box
 from pixelllm.records import Box
 from pixelllm.viewer import write_html
 
@@ -75,6 +76,9 @@ class InfoCommand:
 def caption(command: CaptionCommand) -> None:
     if not command.images:
         raise ValueError("no image given; try: pixelllm caption photo.jpg --model runs/quickstart")
+    for path in command.images:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such image")
     model = PixelLLM.from_pretrained(command.model).to(choose_device(command.device))
     results = []
     for result in caption_images(model, command):
@@ -96,7 +100,7 @@ def caption_images(model: PixelLLM, command: CaptionCommand) -> Iterator[dict[st
         paths = command.images[start : start + command.batch_size]
         images = [open_image(path) for path in paths]
         sizes = [(image.height, image.width) for image in images]
-        boxes = [boxes_for(command, size) for size in sizes]
+        boxes = [boxes_for(command, *item) for item in zip(paths, sizes, strict=True)]
         contexts = None
         if command.context is not None:
             contexts = [command.context] * (len(paths) * max(1, len(command.box)))
@@ -110,13 +114,17 @@ def caption_images(model: PixelLLM, command: CaptionCommand) -> Iterator[dict[st
                 yield result if prompt is None else {**result, "prompt_box": list(prompt)}
 
 
-def boxes_for(command: CaptionCommand, size: tuple[int, int]) -> list[Box]:
-    """The command's boxes in [0, 1] of an image of this (H, W)."""
+def boxes_for(command: CaptionCommand, path: Path, size: tuple[int, int]) -> list[Box]:
+    """The command's boxes in [0, 1] of the image. Raises ValueError naming the image and box."""
     height, width = size if command.pixels else (1, 1)
-    return [
-        check_box((x0 / width, y0 / height, x1 / width, y1 / height))
-        for x0, y0, x1, y1 in command.box
-    ]
+    unit = f"pixels of {width} x {height}" if command.pixels else "[0, 1]; pixels need --pixels"
+    for box in command.box:
+        x0, y0, x1, y1 = box
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(
+                f"{path}: box {' '.join(map(str, box))}: expected x0 < x1 and y0 < y1 in {unit}"
+            )
+    return [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in command.box]
 
 
 def as_text(result: dict[str, Any]) -> str:

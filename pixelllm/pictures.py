@@ -299,7 +299,8 @@ def _draw_word(photo: Image.Image, word: dict[str, Any], color: tuple[int, int, 
         if x1 >= x0 and y1 >= y0:
             draw = ImageDraw.Draw(photo)
             draw.rounded_rectangle((x0, y0, x1, y1), 6, outline="white", width=4)
-            draw.rounded_rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), 5, outline=color, width=2)
+            if min(x1 - x0, y1 - y0) >= 2:  # room for the colour inside the white
+                draw.rounded_rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), 5, outline=color, width=2)
     for knot in knots([word], *photo.size):
         _draw_dot(photo, knot.x, knot.y, max(6.0, max(photo.size) / 70), color)
 

@@ -13,7 +13,8 @@ class ConvStem(nn.Module):
     """Overlapping convolutions, 7x7 of stride 4 and then 3x3 of stride 2, down to one patch.
 
     With batch normalisation between them, as in that paper: with layer normalisation a small EVA02
-    named half as many objects after the same time. Takes the place of the `proj` convolution in SAM's and in timm's `PatchEmbed`.
+    named half as many objects after the same time. Takes the place of the `proj` convolution in
+    SAM's and in timm's `PatchEmbed`.
 
     Args:
         width: channels of the output; earlier layers have half of the next one's.

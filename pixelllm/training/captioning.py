@@ -145,7 +145,7 @@ def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerF
     if config.start.run is not None:  # its weights know no other
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)
     if config.model.language.trunk is not None:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.language.trunk)
+        tokenizer = load_tokenizer(config.model.language.trunk)
         if tokenizer.pad_token is None:  # as the trunk does
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -153,6 +153,15 @@ def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerF
     return train_tokenizer(
         [*contexts, *_captions(tables, 20_000)], config.model.language.vocab_size
     )
+
+
+def load_tokenizer(trunk: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hub id or local folder. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(trunk)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.language.trunk: no tokenizer in {trunk}: {reason}") from error
 
 
 def _captions(tables: list[Table], limit: int) -> Iterable[str]:
@@ -181,7 +190,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         if config.model.prompt.from_sam:
             first = config.model.eva02.width  # SAM's channels come after EVA02's
             channels = slice(first, first + config.model.sam.out_channels)
-            init_from_sam(model.extractor, sam.mask_decoder, sam.prompt_encoder, channels)
+            parts = (model.extractor, sam.mask_decoder, sam.prompt_encoder)
+            init_from_sam(*parts, channels, config.model.prompt.grid_side)
     if start.eva02 is not None:
         eva02_config, branch = load_eva02_run(start.eva02)
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
