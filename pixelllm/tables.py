@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
@@ -58,7 +59,7 @@ def _write_arrow(records: Iterable[Record], file: Path) -> int:
 class Table:
     """A table of records, read by position without loading the file.
 
-    Raises FileNotFoundError where `path` is not a table and ValueError where it is empty.
+    Raises FileNotFoundError where `path` is not a table, ValueError where it is empty or damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -69,7 +70,10 @@ class Table:
                 f"{self.path} is not a table of records ({ARROW_FILE} is missing); "
                 "make one with a reader, e.g. python -m data.localized_narratives"
             )
-        self.rows = Dataset.from_file(str(file))
+        try:
+            self.rows = Dataset.from_file(str(file))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file} is damaged, make the table again: {error}") from error
         if len(self.rows) == 0:
             raise ValueError(f"{self.path}: the table holds no record")
 

@@ -77,7 +77,8 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
     points.load_state_dict(
         flax_language.point_head_state(flax_weights.part(weights, "point_predictor"))
     )
-    means = [case.hparams[f"{name}_pixel_{kind}"] for name in ("git", "sam") for kind in ("mean", "std")]
+    names = [f"{name}_pixel_{kind}" for name in ("git", "sam") for kind in ("mean", "std")]
+    means = [case.hparams[name] for name in names]
     return PixelLLMNetwork(
         eva02=ImageBranch(eva, means[0], means[1], eva_size),
         sam=ImageBranch(sam, means[2], means[3], sam_size),
@@ -87,8 +88,10 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
         language=language,
         point_head=points,
         # The release encodes boxes relative to the input size of the branch with the larger map.
-        prompt_frame=max((eva_size // eva_args["patch_size"], eva_size),
-                         (sam_size // sam_args["patch_size"], sam_size))[1],
+        prompt_frame=max(
+            (eva_size // eva_args["patch_size"], eva_size),
+            (sam_size // sam_args["patch_size"], sam_size),
+        )[1],
     ).eval()
 
 

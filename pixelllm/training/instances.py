@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -89,12 +90,14 @@ class Instances(Dataset):
         chosen = [
             [o[i] for i in rng.permutation(len(o))[: self.objects_per_image]] for o in objects
         ]
-        K = max(map(len, chosen))
+        K = max(1, *map(len, chosen))  # regions may come without masks
         side = self.frame // MASK_STRIDE
         boxes = torch.zeros(len(records), K, 4)
         masks = torch.zeros(len(records), K, side, side, dtype=torch.bool)
         words = torch.zeros(len(records), K, len(self.words))
         for b, phrases in enumerate(chosen):
+            if not phrases:
+                continue
             size = tuple(sizes[b].tolist())
             masks[b, : len(phrases)] = small_masks(phrases, size, self.frame)
             boxes[b, : len(phrases)] = torch.tensor([phrase.target_box for phrase in phrases])
@@ -117,7 +120,9 @@ def words_of_regions(tables: Sequence[Table]) -> list[str]:
     """The sorted vocabulary of the regions' names."""
     words: set[str] = set()
     for table in tables:
-        for names in table.rows.data.column("phrases").chunks:
-            for caption in names.flatten().field("caption").unique().to_pylist():
-                words.update(caption.split())
+        for chunk in table.rows.data.column("phrases").chunks:
+            phrases = chunk.flatten()
+            is_region = pc.equal(phrases.field("task"), TASK)
+            for name in phrases.field("caption").filter(is_region).unique().to_pylist():
+                words.update(name.split())
     return sorted(words)

@@ -78,10 +78,10 @@ def build_stage(
     def loss(batch: InstanceBatch) -> dict[str, Tensor]:
         logits, names, boxes, true_boxes = predict(batch)
         targets = names / names.sum(-1, keepdim=True)
-        return {
-            "words": F.cross_entropy(logits.float(), targets),
-            "box": config.box_weight * F.l1_loss(boxes.float(), true_boxes),
-        }
+        count = max(len(logits), 1)  # a batch whose objects are all small has no patch
+        words = F.cross_entropy(logits.float(), targets, reduction="sum")
+        box = F.l1_loss(boxes.float(), true_boxes, reduction="sum") / 4
+        return {"words": words / count, "box": config.box_weight * box / count}
 
     def validate() -> dict[str, float]:
         wrong, distances = [], []
