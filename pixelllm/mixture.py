@@ -60,9 +60,7 @@ def epoch_order(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) 
 class SourceRecords:
     """The records of one source over all tables, in a new random order every epoch."""
 
-    def __init__(
-        self, tables: Sequence[Table], source: Source, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, tables: Sequence[Table], source: Source, batch_size: int, seed: int) -> None:
         self.tables = tables
         self.source = source
         self.batch_size = source.batch_size or batch_size
@@ -108,9 +106,12 @@ def fill(template: str, phrase: Phrase) -> str:
 
 
 def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:
-    """The source of every step, int64[num_steps]."""
+    """The source of every step, int64[num_steps]. Raises ValueError where all have ended."""
     progress = np.arange(num_steps)[:, None] / max(num_steps, 1)
     weights = np.array([[s.weight for s in sources]]) * (progress < [s.until for s in sources])
+    if (weights.sum(1) == 0).any():
+        ends = ", ".join(f"{s.task!r} until {s.until}" for s in sources)
+        raise ValueError(f"no source is left to the end of the training: {ends}")
     shares = weights.cumsum(1) / weights.sum(1, keepdims=True)
     chance = np.random.default_rng([seed, len(sources)]).random((num_steps, 1))
     return (chance >= shares).sum(1)

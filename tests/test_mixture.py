@@ -12,7 +12,15 @@ from PIL import Image
 
 from pixelllm.batches import Batch, TextLimits
 from pixelllm.config import Source
-from pixelllm.mixture import Mixture, SourceRecords, fill, records_with_task
+from pixelllm.mixture import (
+    Mixture,
+    SourceRecords,
+    caption_lengths,
+    draw_sources,
+    epoch_order,
+    fill,
+    records_with_task,
+)
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table, write_table
 from pixelllm.tokenizer import train_tokenizer
@@ -68,7 +76,7 @@ def test_records_of_a_task_are_found(table):
 
 def test_an_absent_task_is_named_with_the_tables(table):
     with pytest.raises(ValueError, match=rf"needs 'region' phrases; none in {table.path}"):
-        SourceRecords([table], Source("region"), seed=0)
+        SourceRecords([table], Source("region"), batch_size=2, seed=0)
 
 
 def test_the_stream_depends_on_seed_and_step_alone(table, tokenizer):
@@ -91,6 +99,35 @@ def test_shares_of_the_sources_match_their_weights(table, tokenizer):
     assert picks[0] / 6000 == pytest.approx(2 / 3, abs=0.02)
 
 
+def test_a_source_ends_where_its_recipe_says():
+    sources = (Source("region", weight=1, until=0.5), Source("narration", weight=1))
+    picks = draw_sources(sources, 2000, seed=0)
+    assert picks[:1000].mean() == pytest.approx(0.5, abs=0.06)
+    assert (picks[1000:] == 1).all()
+
+
+def test_some_source_must_last_to_the_end():
+    with pytest.raises(ValueError, match="no source is left .*'region' until 0.5"):
+        draw_sources((Source("region", until=0.5),), 10, seed=0)
+
+
+def test_captions_of_a_batch_have_like_length():
+    """Most of the padding goes away, and still every caption comes once."""
+    lengths = np.random.default_rng(0).integers(10, 200, size=320)
+    order = epoch_order(lengths, 8, np.random.default_rng(1))
+    assert sorted(order) == list(range(320))
+    batches = lengths[order].reshape(40, 8)
+    spread = (batches.max(1) - batches.min(1)).mean()
+    assert spread < 0.35 * np.ptp(lengths.reshape(40, 8), axis=1).mean()
+    means = batches.mean(1)  # batches of short and of long captions come mixed
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.5
+
+
+def test_the_longest_captions_are_those_of_the_table(table):
+    lengths = caption_lengths(table)
+    assert lengths.tolist() == [len(table[i].phrases[0].caption) for i in range(10)]
+
+
 def test_whole_batches_come_from_one_source(table, tokenizer):
     stream = mixture(table, tokenizer)
     phrases = {p.id: p.task for i in range(10) for p in table[i].phrases}
@@ -110,7 +147,7 @@ def test_loss_weights_are_those_of_the_source(table, tokenizer):
 
 
 def test_every_record_comes_once_per_epoch_over_all_tables(table):
-    walk = SourceRecords([table, table], Source("narration"), seed=3)
+    walk = SourceRecords([table, table], Source("narration"), batch_size=3, seed=3)
     names = [walk[position].id for position in range(60)]
     for epoch in range(3):
         assert Counter(names[20 * epoch : 20 * epoch + 20]) == {f"x/{i}": 2 for i in range(10)}
@@ -128,11 +165,11 @@ def test_batches_of_a_source_walk_on_from_each_other(table, tokenizer):
 
 def test_phrases_and_contexts_are_drawn_anew(table, tokenizer):
     source = Source("narration", contexts=("", "say {}:"), phrases_per_image=1)
-    walk, rng = SourceRecords([table], source, seed=0), np.random.default_rng(0)
+    walk, rng = SourceRecords([table], source, 2, seed=0), np.random.default_rng(0)
     drawn = [walk.choose(table[4], rng) for _ in range(60)]
     assert {item.phrases[0].id for item in drawn} == {"4-0", "4-1"}
     assert {item.contexts[0] for item in drawn} == {"", "say about 4:"}
-    several = SourceRecords([table], replace(source, phrases_per_image=5), seed=0)
+    several = SourceRecords([table], replace(source, phrases_per_image=5), 2, seed=0)
     assert len(several.choose(table[4], rng).phrases) == 2
 
 
