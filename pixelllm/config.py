@@ -55,6 +55,7 @@ class PromptConfig:
     output_width: int = 1024
     value_position: bool = False  # add a learned map of the positions to the image features
     from_sam: bool = False  # start from the two-way transformer of SAM's mask decoder
+    grid_side: int = 0  # with from_sam: so many squared tokens start at the points of a grid
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Source:
 
     task: str
     weight: float = 1.0  # share of the batches, relative to the other sources
-    until: float = 1.0  # share of the training after which the source is left out
+    window: tuple[float, float] = (0.0, 1.0)  # part of the training that draws the source
     batch_size: int | None = None  # images; None is the recipe's
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own

@@ -108,7 +108,8 @@ def fill(template: str, phrase: Phrase) -> str:
 def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:
     """The source of every step, int64[num_steps]. Raises ValueError where all have ended."""
     progress = np.arange(num_steps)[:, None] / max(num_steps, 1)
-    weights = np.array([[s.weight for s in sources]]) * (progress < [s.until for s in sources])
+    first, last = np.array([source.window for source in sources]).T
+    weights = (progress >= first) * (progress < last) * [source.weight for source in sources]
     if (weights.sum(1) == 0).any():
         ends = ", ".join(f"{s.task!r} until {s.until}" for s in sources)
         raise ValueError(f"no source is left to the end of the training: {ends}")
