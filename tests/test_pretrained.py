@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_config
+from conftest import make_tiny_config, run_stage
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -164,6 +165,28 @@ def test_an_included_trunk_needs_its_source_no_more(make, rank, tokenizer, tmp_p
     inputs = model.processor()(picture(0))
     expected = model.generate(**inputs, max_new_tokens=8)
     assert loaded.generate(**inputs, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("make", [t5_folder, llama_folder])
+def test_a_published_trunk_learns_through_its_lora_alone(
+    make, tokenizer, tiny_tables, tmp_path: Path
+):
+    """With the trunk's own tokenizer, without a padding token for the Llama, and a resume."""
+    if make is llama_folder:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = None
+    config = trunk_config(make(tmp_path / "trunk", tokenizer), rank=2)
+    tables = [tiny_tables.train], tiny_tables.val
+    before = PixelLLM(config, tokenizer, PUBLISHED).state_dict()
+    run_stage(config, *tables, tmp_path / "run")
+    run_stage(config, *tables, tmp_path / "run", resume=True)
+    trained = PixelLLM.from_pretrained(tmp_path / "run")
+    assert trained.tokenizer.get_vocab() == tokenizer.get_vocab()
+    for name, tensor in trained.state_dict().items():
+        if name.startswith("language.") and "lora_" not in name:
+            assert torch.equal(tensor, before[name]), name
+    assert any(t.any() for n, t in trained.state_dict().items() if "lora_B" in n)
+    assert trained.generate(**trained.processor()(picture(0)), max_new_tokens=5)
 
 
 def official_sam(path: Path, model: PixelLLM) -> None:

@@ -380,6 +380,30 @@ def test_the_whole_model_resumes_bit_for_bit(tiny_tables, tmp_path: Path):
     assert_same(*weights)
 
 
+def test_bfloat16_leaves_heads_and_losses_in_float32(tiny_tables, tmp_path: Path):
+    config = make_tiny_config()
+    train_config = replace(config.train, bfloat16=True, accumulate=2, workers=1)
+    config = replace(config, train=train_config)
+    stage = captioning.build_stage(
+        config, [Table(tiny_tables.train)], Table(tiny_tables.val), CPU, None
+    )
+    seen = []
+    loss = stage.loss
+
+    def watched(batch):
+        assert torch.is_autocast_enabled("cpu") == stage.model.training
+        terms = loss(batch)
+        prediction = captioning.predict(stage.model, batch)
+        seen.append(
+            {prediction.logits.dtype, prediction.points.dtype, *(t.dtype for t in terms.values())}
+        )
+        return terms
+
+    train(replace(stage, loss=watched), train_config, tmp_path, resume=False)
+    assert len(seen) == 8 and all(dtypes == {torch.float32} for dtypes in seen)
+    assert all(p.dtype == torch.float32 for p in stage.model.parameters())
+
+
 def test_the_exported_model_validates_as_the_trained_one(tiny_run, tiny_tables):
     """Features from the cache in training, from the images afterwards."""
     model = PixelLLM.from_pretrained(tiny_run.main)
