@@ -106,13 +106,14 @@ def fill(template: str, phrase: Phrase) -> str:
 
 
 def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:
-    """The source of every step, int64[num_steps]. Raises ValueError where all have ended."""
+    """The source of every step, int64[num_steps]. Raises ValueError where a step has none."""
     progress = np.arange(num_steps)[:, None] / max(num_steps, 1)
     first, last = np.array([source.window for source in sources]).T
     weights = (progress >= first) * (progress < last) * [source.weight for source in sources]
-    if (weights.sum(1) == 0).any():
-        ends = ", ".join(f"{s.task!r} until {s.until}" for s in sources)
-        raise ValueError(f"no source is left to the end of the training: {ends}")
+    idle = np.flatnonzero(weights.sum(1) == 0)
+    if len(idle):
+        windows = ", ".join(f"{source.task!r} {source.window}" for source in sources)
+        raise ValueError(f"no source is drawn at step {idle[0]}; their windows are {windows}")
     shares = weights.cumsum(1) / weights.sum(1, keepdims=True)
     chance = np.random.default_rng([seed, len(sources)]).random((num_steps, 1))
     return (chance >= shares).sum(1)

@@ -19,6 +19,12 @@ def test_a_batch_must_split_into_its_accumulation_steps():
         TrainConfig(batch_size=10, accumulate=4)
 
 
+@pytest.mark.parametrize("name", ["steps", "keep", "log_every", "accumulate"])
+def test_counts_are_at_least_one(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
+        TrainConfig(**{name: 0})
+
+
 def test_configurations_do_not_change(tiny_config):
     with pytest.raises(FrozenInstanceError):
         tiny_config.name = "other"

@@ -99,16 +99,21 @@ def test_shares_of_the_sources_match_their_weights(table, tokenizer):
     assert picks[0] / 6000 == pytest.approx(2 / 3, abs=0.02)
 
 
-def test_a_source_ends_where_its_recipe_says():
-    sources = (Source("region", weight=1, until=0.5), Source("narration", weight=1))
-    picks = draw_sources(sources, 2000, seed=0)
-    assert picks[:1000].mean() == pytest.approx(0.5, abs=0.06)
-    assert (picks[1000:] == 1).all()
+def test_a_source_is_drawn_in_its_window_alone():
+    sources = (
+        Source("region", window=(0.0, 0.5)),
+        Source("narration"),
+        Source("caption", window=(0.75, 1.0)),
+    )
+    picks = draw_sources(sources, 4000, seed=0)
+    assert picks[:2000].mean() == pytest.approx(0.5, abs=0.06)
+    assert (picks[2000:3000] == 1).all()
+    assert set(picks[3000:]) == {1, 2}
 
 
-def test_some_source_must_last_to_the_end():
-    with pytest.raises(ValueError, match="no source is left .*'region' until 0.5"):
-        draw_sources((Source("region", until=0.5),), 10, seed=0)
+def test_windows_must_leave_no_gap():
+    with pytest.raises(ValueError, match=r"step 5 .*'region' \(0.0, 0.5\)"):
+        draw_sources((Source("region", window=(0.0, 0.5)),), 10, seed=0)
 
 
 def test_captions_of_a_batch_have_like_length():

@@ -270,6 +270,15 @@ def test_a_full_disk_keeps_the_checkpoints_of_before(tmp_path: Path, monkeypatch
     assert CheckpointFolder(tmp_path / "checkpoints", 2).steps()[-2:] == [4, 6]
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    config = short_training(2)
+    train(toy_stage(config), config, tmp_path, resume=False)
+    file = tmp_path / "checkpoints" / "step-00000002" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="step-00000002/state.safetensors: not a readable file"):
+        train(toy_stage(config), config, tmp_path, resume=True)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     config = short_training(2)
     train(toy_stage(config), config, tmp_path, resume=False)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from pixelllm.weights import read_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -130,7 +132,7 @@ class CheckpointFolder:
         if not steps:
             return 0
         folder = self.path(steps[-1])
-        state.load(load_file(folder / "state.safetensors"))
+        state.load(read_weights(folder / "state.safetensors"))
         facts = json.loads((folder / "state.json").read_text())
         state.scores = facts["scores"]
         return facts["step"]
