@@ -112,7 +112,7 @@ def test_a_source_is_drawn_in_its_window_alone():
 
 
 def test_windows_must_leave_no_gap():
-    with pytest.raises(ValueError, match=r"step 5 .*'region' \(0.0, 0.5\)"):
+    with pytest.raises(ValueError, match=r"step 5; .*'region' \(0.0, 0.5\)"):
         draw_sources((Source("region", window=(0.0, 0.5)),), 10, seed=0)
 
 
