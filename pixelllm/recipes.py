@@ -124,6 +124,7 @@ def scenes_tiny() -> Config:
                 output_width=128,
                 value_position=True,
                 from_sam=True,
+                grid_side=5,
             ),
             language=LanguageConfig(
                 trunk=None,
@@ -138,10 +139,10 @@ def scenes_tiny() -> Config:
             ),
             points=PointConfig(hidden=128),
         ),
-        sources=(Source("narration"),),
-        loss=LossConfig(point=5.0, smoothing=0.0),
+        sources=words_then_points(0.5),
+        loss=LossConfig(point=15.0, smoothing=0.0),
         train=TrainConfig(
-            steps=1500,
+            steps=1600,
             batch_size=32,
             lr=2e-3,
             warmup=100,
@@ -158,10 +159,32 @@ def scenes_tiny() -> Config:
     )
 
 
+def words_then_points(share: float) -> tuple[Source, ...]:
+    """Region phrases and light points until `share` of the training, narrations alone after it.
+
+    Phrases for boxes teach the names in a fraction of the time that narrations need; a large
+    weight on points before the names are known keeps them from being learned.
+    """
+    start = (0.0, share)
+    return (
+        Source("narration", window=start, point_weight=0.2),
+        Source(
+            "region",
+            window=start,
+            batch_size=16,
+            phrases_per_image=3,
+            contexts=(REGION_CONTEXT,),
+            point_weight=0.2,
+        ),
+        Source("narration", window=(share, 1.0)),
+    )
+
+
 def scenes_small() -> Config:
-    """The best that an hour on two cores gives."""
+    """The best that an hour on two cores gives, on 40,000 scenes."""
     tiny = scenes_tiny()
-    return replace(tiny, name="scenes-small", train=replace(tiny.train, steps=12_000))
+    train = replace(tiny.train, steps=11_000, eval_every=1000, save_every=1000)
+    return replace(tiny, name="scenes-small", sources=words_then_points(0.3), train=train)
 
 
 def ln_coco_t5xl() -> Config:

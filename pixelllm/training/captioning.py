@@ -69,9 +69,11 @@ def build_stage(
         "with_images": with_images,
     }
     batches = Mixture(tables, config.sources, num_steps=train.steps * train.accumulate, **facts)
-    validation = [source for source in config.sources if source.task == "narration"]
+    scored = next(
+        (s for s in reversed(config.sources) if s.task == "narration"), config.sources[-1]
+    )
     val_batches = Mixture(
-        [val], validation or config.sources[:1], num_steps=train.eval_batches, **facts
+        [val], [replace(scored, window=(0.0, 1.0))], num_steps=train.eval_batches, **facts
     )
 
     def loss(batch: Batch) -> dict[str, Tensor]:
