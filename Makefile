@@ -11,7 +11,8 @@ export OMP_WAIT_POLICY := PASSIVE
 .DELETE_ON_ERROR:
 
 quickstart: $(RUN)/gallery.html
-	@$(PY) -m benchmarks.quickstart $(RUN)
+	@$(PY) -m pixelllm.cli info $(RUN)
+	@echo "open $(RUN)/gallery.html"
 
 test: .venv/installed
 	$(PY) -m pytest
@@ -25,10 +26,10 @@ lint: .venv/installed
 	$(PY) -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(DATA)/scenes/scenes.json: .venv/installed
+$(DATA)/scenes/scenes.json: | .venv/installed
 	$(PY) -m data.scenes $(DATA)/scenes --train 12000 --val 500 --seed 0
 
-$(DATA)/busy/scenes.json: .venv/installed
+$(DATA)/busy/scenes.json: | .venv/installed
 	$(PY) -m data.scenes $(DATA)/busy --train 4000 --val 100 --seed 1 \
 	    --objects 6 7 --min-size 0.2 --max-size 0.42 --max-overlap 0.4
 

@@ -28,6 +28,17 @@ from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box
 from pixelllm.viewer import write_html
 
+MAIN_SCORES = (
+    "object_precision",
+    "object_recall",
+    "generated_point_in_box",
+    "object_point_in_box",
+    "object_point_l1",
+    "point_l1",
+    "lbm_k0",
+    "cider_d",
+)
+
 
 @dataclass(frozen=True)
 class CaptionCommand:
@@ -64,7 +75,7 @@ class CaptionCommand:
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Print what a run is: recipe, sizes and parameters.
+    """Print what a run is: recipe, sizes, parameters and its main scores.
 
     Args:
         model: folder of a finished run, or a Hub id.
@@ -142,6 +153,13 @@ def info(command: InfoCommand) -> None:
     print(f"{config.name}: frame {config.model.frame} px, {len(model.tokenizer)} tokens")
     for name, part in model.named_children():
         print(f"  {name:16}{sum(p.numel() for p in part.parameters()):>14,} parameters")
+    for file in sorted(Path(command.model).glob("eval/*.json")):
+        result = json.loads(file.read_text())
+        print(f"{file.stem}, {result['num_examples']} examples{'model':>19}{'trivial':>10}")
+        for name in (name for name in MAIN_SCORES if name in result["metrics"]):
+            trivial = result["baselines"].get(name)
+            shown = "-" if trivial is None else f"{trivial:.3f}"
+            print(f"  {name:32}{result['metrics'][name]:10.3f}{shown:>10}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
