@@ -41,7 +41,7 @@ def region(number: int, box_px: tuple[int, int, int, int], size=(40, 80), **fiel
 def table(tmp_path) -> Table:
     Image.new("RGB", (80, 40)).save(tmp_path / "image.png")
     phrases = (
-        (region(0, (0, 0, 40, 40)), region(1, (56, 8, 72, 32))),
+        (region(0, (0, 0, 40, 40)), region(1, (57, 9, 71, 31))),
         (region(2, (16, 16, 48, 32)),),
         (region(3, (0, 0, 40, 40), mask=None), Phrase("c", "caption", "no name at all")),
     )
