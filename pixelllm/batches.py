@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pixelllm.alignment import token_boxes
-from pixelllm.images import open_image, to_frame
+from pixelllm.images import crop_points, open_image, random_frame, to_frame
 from pixelllm.models.pixelllm import Text
 from pixelllm.records import Box, Phrase, Record
 
@@ -77,10 +77,49 @@ class TextLimits:
     max_context: int
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """One image of a batch with the phrases and contexts chosen for it."""
+
+    record: Record
+    phrases: tuple[Phrase, ...]
+    contexts: tuple[str, ...]
+
+
 def frame_images(records: Sequence[Record], frame: int) -> tuple[Tensor, Tensor]:
     """Decode and pad the images: uint8[B, 3, frame, frame] and their sizes int64[B, 2]."""
     framed = [to_frame(open_record_image(record), frame) for record in records]
     return torch.stack([image for image, _ in framed]), torch.tensor([size for _, size in framed])
+
+
+def random_views(
+    chosen: Sequence[Prompted], frame: int, scale: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor, list[Prompted]]:
+    """Randomly resized and cropped images, and the phrases with their places in the crop.
+
+    Returns images and sizes as `frame_images`, and `chosen` with coordinates in [0, 1] of what
+    is seen; places outside move onto the border (reference, section 8.3).
+    """
+    images, sizes, views = [], [], []
+    for item in chosen:
+        image, size, window = random_frame(open_record_image(item.record), frame, scale, generator)
+        images.append(image)
+        sizes.append(size)
+        phrases = tuple(_seen_through(phrase, window) for phrase in item.phrases)
+        views.append(replace(item, phrases=phrases))
+    return torch.stack(images), torch.tensor(sizes), views
+
+
+def _seen_through(phrase: Phrase, window: Tensor) -> Phrase:
+    def crop(place: Sequence[float] | None) -> tuple[float, ...] | None:
+        if place is None:
+            return None
+        points = crop_points(torch.tensor(place).view(-1, 2), window)
+        return tuple(points.flatten().tolist())
+
+    pieces = tuple(replace(p, center=crop(p.center), box=crop(p.box)) for p in phrase.pieces)
+    boxes = {"prompt_box": crop(phrase.prompt_box), "target_box": crop(phrase.target_box)}
+    return replace(phrase, pieces=pieces, **boxes)
 
 
 def open_record_image(record: Record):
@@ -128,15 +167,6 @@ def encode_caption(
     if phrase.target_box is not None:
         boxes[[start >= 0 for start, _ in offsets]] = phrase.target_box
     return ids, boxes
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """One image of a batch with the phrases and contexts chosen for it."""
-
-    record: Record
-    phrases: tuple[Phrase, ...]
-    contexts: tuple[str, ...]
 
 
 def collate_text(

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ def from_fields(kind: type[T], fields: dict[str, Any], where: str) -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_fields(hint, value, where)
+    if typing.get_origin(hint) is types.UnionType and value is not None:
+        hint = typing.get_args(hint)[0]  # optional fields are written `kind | None`
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     return value

@@ -110,6 +110,7 @@ class Source:
     batch_size: int | None = None  # images; None is the recipe's
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
+    scale: tuple[float, float] | None = None  # random resize range, then a random crop
     text_weight: float = 1.0
     point_weight: float = 1.0
 

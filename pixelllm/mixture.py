@@ -14,7 +14,14 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from pixelllm.batches import Batch, Prompted, TextLimits, collate_text, frame_images
+from pixelllm.batches import (
+    Batch,
+    Prompted,
+    TextLimits,
+    collate_text,
+    frame_images,
+    random_views,
+)
 from pixelllm.config import Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.records import Phrase, Record
@@ -144,6 +151,12 @@ class Mixture(Dataset):
         cache: FeatureCache | None = None,
         with_images: bool = True,
     ) -> None:
+        scaled = [source.task for source in sources if source.scale is not None]
+        if cache and scaled:
+            raise ValueError(
+                f"the sources {scaled} show their images at random scales, so their features "
+                "cannot be cached; leave out the cache or their scale"
+            )
         self.sources = [
             SourceRecords(tables, source, batch_size, seed + number)
             for number, source in enumerate(sources)
@@ -177,6 +190,7 @@ class Mixture(Dataset):
             source=records.source,
             cache=self.cache,
             with_images=self.with_images,
+            views=torch.Generator().manual_seed(int(rng.integers(2**62))),
         )
 
 
@@ -189,11 +203,19 @@ def assemble(
     source: Source,
     cache: FeatureCache | None,
     with_images: bool = True,
+    views: torch.Generator | None = None,
 ) -> Batch:
-    """The batch of the chosen phrases; images are decoded or their features looked up."""
+    """The batch of the chosen phrases; images are decoded or their features looked up.
+
+    Args:
+        views: draws the random view of each image where the source has a scale; None shows
+            images whole.
+    """
     records = [item.record for item in chosen]
     features = cache.lookup(records) if cache else {}
-    if cache and not with_images:
+    if source.scale is not None and views is not None:
+        images, sizes, chosen = random_views(chosen, frame, source.scale, views)
+    elif cache and not with_images:
         images, sizes = torch.empty(0, dtype=torch.uint8), cache.sizes(records)
     else:
         images, sizes = frame_images(records, frame)

@@ -192,7 +192,13 @@ def ln_coco_t5xl() -> Config:
     return Config(
         name="ln-coco-t5xl",
         sources=(
-            Source("caption", weight=1, contexts=CAPTION_CONTEXTS, point_weight=0.0),
+            Source(
+                "caption",
+                weight=1,
+                contexts=CAPTION_CONTEXTS,
+                scale=(0.75, 1.25),
+                point_weight=0.0,
+            ),
             Source("narration", weight=2, contexts=NARRATION_CONTEXTS),
         ),
     )
