@@ -125,6 +125,7 @@ def scenes_tiny() -> Config:
                 value_position=True,
                 from_sam=True,
                 grid_side=5,
+                eva02_share=1.0,
             ),
             language=LanguageConfig(
                 trunk=None,
@@ -142,7 +143,7 @@ def scenes_tiny() -> Config:
         sources=words_then_points(0.5),
         loss=LossConfig(point=15.0, smoothing=0.0),
         train=TrainConfig(
-            steps=1600,
+            steps=1700,
             batch_size=32,
             lr=2e-3,
             warmup=100,
@@ -150,6 +151,7 @@ def scenes_tiny() -> Config:
             betas=(0.9, 0.98),
             clip=1.0,
             frozen=("sam", "eva02", "prompt_encoder"),
+            lr_scales={"extractor.transformer": 0.1},  # it comes trained, from SAM
             eval_every=250,
             save_every=250,
         ),
@@ -171,7 +173,6 @@ def words_then_points(share: float) -> tuple[Source, ...]:
         Source(
             "region",
             window=start,
-            batch_size=16,
             phrases_per_image=3,
             contexts=(REGION_CONTEXT,),
             point_weight=0.2,

@@ -106,11 +106,12 @@ def init_from_sam(
     prompt_encoder: PromptEncoder,
     sam_channels: slice,
     points_per_side: int = 0,
+    other_share: float = 0.0,
 ) -> None:
     """Start the extractor where SAM's mask decoder ended: it already binds a location to a thing.
 
-    Copies the two-way transformer, passes SAM's features through unchanged and the others not at
-    all, and starts the learned tokens at SAM's mask token. Small models depend on it.
+    Copies the two-way transformer, passes SAM's features through unchanged, and starts the
+    learned tokens at SAM's mask token. Small models depend on it.
 
     Args:
         extractor: its transformer has the decoder's sizes.
@@ -119,6 +120,7 @@ def init_from_sam(
         sam_channels: where SAM's features lie among the extractor's input channels.
         points_per_side: this many squared of the learned tokens also start with the encoding of
             their point of a regular grid, as if it were a foreground prompt.
+        other_share: factor with which the first channels, up to `width`, are added to SAM's.
 
     Raises:
         ValueError: sizes differ, or there are more grid points than tokens.
@@ -138,7 +140,8 @@ def init_from_sam(
         raise ValueError(f"{num_points} grid points but {len(extractor.output_tokens)} tokens")
     extractor.transformer.load_state_dict(mask_decoder.transformer.state_dict())
     extractor.image_projection.bias.zero_()
-    extractor.image_projection.weight.zero_()[:, sam_channels].fill_diagonal_(1)
+    extractor.image_projection.weight.zero_().fill_diagonal_(other_share)
+    extractor.image_projection.weight[:, sam_channels].fill_diagonal_(1)
     if extractor.value_projection is not None:
         extractor.value_projection.weight.zero_()
         extractor.value_projection.bias.zero_()

@@ -193,7 +193,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
             first = config.model.eva02.width  # SAM's channels come after EVA02's
             channels = slice(first, first + config.model.sam.out_channels)
             parts = (model.extractor, sam.mask_decoder, sam.prompt_encoder)
-            init_from_sam(*parts, channels, config.model.prompt.grid_side)
+            prompt = config.model.prompt
+            init_from_sam(*parts, channels, prompt.grid_side, prompt.eva02_share)
     if start.eva02 is not None:
         eva02_config, branch = load_eva02_run(start.eva02)
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
