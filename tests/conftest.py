@@ -35,6 +35,8 @@ from pixelllm.config import (
 )
 from pixelllm.pretrained import PixelLLM
 
+torch.set_num_threads(1)  # on tiny models, threads wait for each other more than they work
+
 GOLDEN = Path(os.environ.get("PIXELLLM_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 
