@@ -184,7 +184,7 @@ def words_then_points(share: float) -> tuple[Source, ...]:
 def scenes_small() -> Config:
     """The best that an hour on two cores gives, on 40,000 scenes."""
     tiny = scenes_tiny()
-    train = replace(tiny.train, steps=9000, eval_every=500, save_every=500)
+    train = replace(tiny.train, steps=7000, eval_every=500, save_every=500)
     return replace(tiny, name="scenes-small", sources=words_then_points(0.3), train=train)
 
 
