@@ -55,7 +55,7 @@ def _heart() -> np.ndarray:
 
 def _star() -> np.ndarray:
     angles = np.radians(np.arange(10) * 36 - 90)
-    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.45)
+    radii = np.tile([1.0, 0.45], 5)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
 
 
@@ -75,135 +75,64 @@ def _petals(count: int, radius: float, petal: float) -> Shape:
 
 # Tones: body, dark and light are shades of the object's colour; the others are the same for all.
 SHAPES: dict[str, Shape] = {
-    "car": (
-        ("body", _polygon((-0.6, 0), (-0.35, -0.48), (0.3, -0.48), (0.66, 0))),
+    "car": (("body", _polygon((-0.6, 0), (-0.35, -0.48), (0.3, -0.48), (0.66, 0))),
         ("body", _polygon((-1, 0), (-0.92, -0.06), (0.9, -0.06), (1, 0.1), (1, 0.42), (-1, 0.42))),
         ("glass", _polygon((-0.42, -0.06), (-0.26, -0.36), (-0.04, -0.36), (-0.04, -0.06))),
         ("glass", _polygon((0.08, -0.06), (0.08, -0.36), (0.24, -0.36), (0.47, -0.06))),
-        ("trim", _arc(-0.52, 0.42, 0.26, 0.26)),
-        ("trim", _arc(0.54, 0.42, 0.26, 0.26)),
-        ("light", _arc(-0.52, 0.42, 0.11, 0.11)),
-        ("light", _arc(0.54, 0.42, 0.11, 0.11)),
-    ),
-    "house": (
-        ("body", _rectangle(-0.72, -0.1, 0.72, 0.9)),
+        ("trim", _arc(-0.52, 0.42, 0.26, 0.26)), ("trim", _arc(0.54, 0.42, 0.26, 0.26)),
+        ("light", _arc(-0.52, 0.42, 0.11, 0.11)), ("light", _arc(0.54, 0.42, 0.11, 0.11))),
+    "house": (("body", _rectangle(-0.72, -0.1, 0.72, 0.9)),
         ("dark", _polygon((-1, -0.06), (0, -0.92), (1, -0.06))),
-        ("trim", _rectangle(-0.14, 0.3, 0.2, 0.9)),
-        ("glass", _rectangle(-0.54, 0.14, -0.26, 0.44)),
-        ("glass", _rectangle(0.32, 0.14, 0.58, 0.44)),
-    ),
-    "tree": (
-        ("bark", _rectangle(-0.13, 0.55, 0.13, 1)),
+        ("trim", _rectangle(-0.14, 0.3, 0.2, 0.9)), ("glass", _rectangle(-0.54, 0.14, -0.26, 0.44)),
+        ("glass", _rectangle(0.32, 0.14, 0.58, 0.44))),
+    "tree": (("bark", _rectangle(-0.13, 0.55, 0.13, 1)),
         ("body", _polygon((-0.78, 0.62), (0, -0.2), (0.78, 0.62))),
         ("body", _polygon((-0.62, 0.16), (0, -0.6), (0.62, 0.16))),
         ("body", _polygon((-0.44, -0.3), (0, -1), (0.44, -0.3))),
         ("dark", _polygon((-0.4, 0.16), (0.62, 0.16), (0.3, 0.26))),
-        ("dark", _polygon((-0.26, -0.3), (0.44, -0.3), (0.2, -0.2))),
-    ),
-    "fish": (
-        ("body", _polygon((0.45, 0), (1, -0.5), (0.86, 0), (1, 0.5))),
+        ("dark", _polygon((-0.26, -0.3), (0.44, -0.3), (0.2, -0.2)))),
+    "fish": (("body", _polygon((0.45, 0), (1, -0.5), (0.86, 0), (1, 0.5))),
         ("dark", _polygon((-0.25, -0.4), (0.1, -0.68), (0.32, -0.3))),
         ("body", _arc(-0.2, 0, 0.8, 0.48)),
         ("dark", _polygon((-0.05, 0.02), (0.3, -0.14), (0.3, 0.2))),
-        ("glass", _arc(-0.62, -0.12, 0.12, 0.12)),
-        ("trim", _arc(-0.64, -0.12, 0.06, 0.06)),
-    ),
+        ("glass", _arc(-0.62, -0.12, 0.12, 0.12)), ("trim", _arc(-0.64, -0.12, 0.06, 0.06))),
     "star": (("body", _star()), ("light", _star() * 0.4)),
     "heart": (("body", _heart()), ("light", _arc(-0.45, -0.36, 0.2, 0.16))),
-    "boat": (
-        ("trim", _rectangle(-0.06, -1, 0.04, 0.4)),
+    "boat": (("trim", _rectangle(-0.06, -1, 0.04, 0.4)),
         ("light", _polygon((0.1, -0.95), (0.1, 0.24), (0.84, 0.24))),
         ("body", _polygon((-0.12, -0.72), (-0.12, 0.24), (-0.66, 0.24))),
         ("body", _polygon((-1, 0.36), (1, 0.36), (0.64, 0.86), (-0.66, 0.86))),
-        ("dark", _polygon((-1, 0.36), (1, 0.36), (0.93, 0.47), (-0.94, 0.47))),
-    ),
-    "cup": (
-        ("body", _ring(0.5, 0.05, 0.48, 0.26, -90, 90)),
+        ("dark", _polygon((-1, 0.36), (1, 0.36), (0.93, 0.47), (-0.94, 0.47)))),
+    "cup": (("body", _ring(0.5, 0.05, 0.48, 0.26, -90, 90)),
         ("body", _polygon((-0.85, -0.7), (0.55, -0.7), (0.42, 0.75), (-0.72, 0.75))),
         ("dark", _arc(-0.15, -0.68, 0.7, 0.17)),
-        ("light", _polygon((-0.62, -0.4), (-0.46, -0.38), (-0.42, 0.5), (-0.54, 0.5))),
-    ),
-    "umbrella": (
-        ("trim", _rectangle(-0.05, -0.98, 0.05, 0.8)),
-        ("trim", _ring(0.17, 0.76, 0.23, 0.13, 0, 180)),
-        ("body", _canopy(1, 4)),
-        ("dark", _canopy(0.5, 2)),
-    ),
-    "mushroom": (
-        ("cream", _polygon((-0.24, 0), (0.24, 0), (0.34, 0.82), (0.2, 0.92), (-0.2, 0.92),
-                           (-0.34, 0.82))),
-        ("body", _arc(0, 0.12, 1, 0.94, 180, 360)),
-        ("cream", _arc(-0.5, -0.22, 0.15, 0.14)),
-        ("cream", _arc(0.05, -0.48, 0.18, 0.15)),
-        ("cream", _arc(0.52, -0.16, 0.14, 0.13)),
-    ),
+        ("light", _polygon((-0.62, -0.4), (-0.46, -0.38), (-0.42, 0.5), (-0.54, 0.5)))),
+    "umbrella": (("trim", _rectangle(-0.05, -0.98, 0.05, 0.8)),
+        ("trim", _ring(0.17, 0.76, 0.23, 0.13, 0, 180)), ("body", _canopy(1, 4)),
+        ("dark", _canopy(0.5, 2))),
+    "mushroom": (("cream", _polygon((-0.24, 0), (0.24, 0), (0.34, 0.82), (0.2, 0.92),
+                                    (-0.2, 0.92), (-0.34, 0.82))),
+        ("body", _arc(0, 0.12, 1, 0.94, 180, 360)), ("cream", _arc(-0.5, -0.22, 0.15, 0.14)),
+        ("cream", _arc(0.05, -0.48, 0.18, 0.15)), ("cream", _arc(0.52, -0.16, 0.14, 0.13))),
     "plane": (
         ("dark", _polygon((0, -0.25), (1, 0.25), (1, 0.46), (0, 0.22), (-1, 0.46), (-1, 0.25))),
-        ("dark", _polygon((0, 0.55), (0.42, 0.84), (0.42, 0.98), (0, 0.86), (-0.42, 0.98),
-                          (-0.42, 0.84))),
-        ("body", _arc(0, 0, 0.19, 1)),
-        ("glass", _arc(0, -0.68, 0.1, 0.13)),
-    ),
-    "key": (
-        ("body", _rectangle(-0.15, -0.13, 0.98, 0.13)),
-        ("body", _rectangle(0.46, 0.08, 0.64, 0.46)),
-        ("body", _rectangle(0.8, 0.08, 0.98, 0.4)),
-        ("body", _ring(-0.5, 0, 0.5, 0.22, 0, 360)),
-    ),
+        ("dark", _polygon((0, 0.55), (0.42, 0.84), (0.42, 0.98), (0, 0.86),
+                          (-0.42, 0.98), (-0.42, 0.84))),
+        ("body", _arc(0, 0, 0.19, 1)), ("glass", _arc(0, -0.68, 0.1, 0.13))),
+    "key": (("body", _rectangle(-0.15, -0.13, 0.98, 0.13)),
+        ("body", _rectangle(0.46, 0.08, 0.64, 0.46)), ("body", _rectangle(0.8, 0.08, 0.98, 0.4)),
+        ("body", _ring(-0.5, 0, 0.5, 0.22, 0, 360))),
     "moon": (
-        ("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310), _arc(0.42, 0, 0.8, 0.78, 282, 78)])),
-    ),
-    "chair": (
-        ("dark", _rectangle(-0.42, 0.2, -0.24, 1)),
-        ("dark", _rectangle(0.3, 0.2, 0.48, 1)),
+        ("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310), _arc(0.42, 0, 0.8, 0.78, 282, 78)])),),
+    "chair": (("dark", _rectangle(-0.42, 0.2, -0.24, 1)), ("dark", _rectangle(0.3, 0.2, 0.48, 1)),
         ("body", _polygon((-0.82, -1), (-0.56, -1), (-0.48, 1), (-0.74, 1))),
-        ("body", _rectangle(-0.7, -0.04, 0.78, 0.28)),
-        ("body", _rectangle(0.52, 0.2, 0.78, 1)),
-    ),
+        ("body", _rectangle(-0.7, -0.04, 0.78, 0.28)), ("body", _rectangle(0.52, 0.2, 0.78, 1))),
     "bottle": (
         ("body", _polygon((-0.15, -0.8), (0.15, -0.8), (0.17, -0.4), (0.42, -0.1), (0.42, 0.92),
-                          (0.34, 1), (-0.34, 1), (-0.42, 0.92), (-0.42, -0.1), (-0.17, -0.4))),
-        ("trim", _rectangle(-0.2, -1, 0.2, -0.76)),
-        ("cream", _rectangle(-0.42, 0.12, 0.42, 0.62)),
-    ),
-    "flower": (
-        *_petals(6, 0.6, 0.36),
-        ("cream", _arc(0, 0, 0.34, 0.34)),
-        ("dark", _arc(0, 0, 0.2, 0.2)),
-    ),
-    "butterfly": (
-        ("body", _arc(-0.52, -0.34, 0.48, 0.44)),
-        ("body", _arc(0.52, -0.34, 0.48, 0.44)),
-        ("dark", _arc(-0.42, 0.4, 0.36, 0.38)),
-        ("dark", _arc(0.42, 0.4, 0.36, 0.38)),
-        ("light", _arc(-0.54, -0.34, 0.2, 0.18)),
-        ("light", _arc(0.54, -0.34, 0.2, 0.18)),
-        ("trim", _arc(0, 0, 0.1, 0.74)),
-    ),
-    "cat": (
-        ("body", _polygon((-0.88, -0.9), (-0.2, -0.5), (-0.8, 0.1))),
-        ("body", _polygon((0.88, -0.9), (0.2, -0.5), (0.8, 0.1))),
-        ("body", _arc(0, 0.14, 0.9, 0.74)),
-        ("glass", _arc(-0.36, 0, 0.17, 0.17)),
-        ("glass", _arc(0.36, 0, 0.17, 0.17)),
-        ("trim", _arc(-0.36, 0, 0.08, 0.14)),
-        ("trim", _arc(0.36, 0, 0.08, 0.14)),
-        ("trim", _polygon((-0.13, 0.3), (0.13, 0.3), (0, 0.46))),
-    ),
-    "hat": (
-        ("body", _rectangle(-0.56, -0.7, 0.56, 0.5)),
-        ("trim", _rectangle(-0.56, 0.16, 0.56, 0.4)),
-        ("body", _arc(0, 0.54, 1, 0.2)),
-    ),
-    "bell": (
-        ("trim", _arc(0, 0.82, 0.2, 0.18)),
-        ("trim", _ring(0, -0.86, 0.16, 0.07, 0, 360)),
-        ("body", np.concatenate([
-            _arc(0, -0.22, 0.5, 0.56, 180, 360),
-            _polygon((0.56, 0.3), (0.86, 0.72), (-0.86, 0.72), (-0.56, 0.3)),
-        ])),
-        ("dark", _rectangle(-0.86, 0.6, 0.86, 0.76)),
-    ),
+            (0.34, 1), (-0.34, 1), (-0.42, 0.92), (-0.42, -0.1), (-0.17, -0.4))),
+        ("trim", _rectangle(-0.2, -1, 0.2, -0.76)), ("cream", _rectangle(-0.42, 0.12, 0.42, 0.62))),
+    "flower": (*_petals(6, 0.6, 0.36), ("cream", _arc(0, 0, 0.34, 0.34)),
+        ("dark", _arc(0, 0, 0.2, 0.2))),
 }  # fmt: skip
 
 
@@ -220,11 +149,11 @@ def draw_scene(rng: Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray, np
     areas = np.zeros(len(scene.objects))
     for index, thing in enumerate(scene.objects):
         colour, cover, top, left = _draw_object(rng, thing, scene)
-        rows, columns = _clip(top, cover.shape[0], height), _clip(left, cover.shape[1], width)
-        inside = (
-            slice(rows.start - top, rows.stop - top),
-            slice(columns.start - left, columns.stop - left),
-        )
+        side = len(cover)
+        rows = slice(max(0, top), min(height, top + side))
+        columns = slice(max(0, left), min(width, left + side))
+        inside = (slice(rows.start - top, rows.stop - top),
+                  slice(columns.start - left, columns.stop - left))  # fmt: skip
         shadow = np.zeros_like(cover)
         shift = max(1, round(0.03 * thing.side_px))
         shadow[shift:, shift:] = SHADOW * cover[:-shift, :-shift]
@@ -238,14 +167,10 @@ def draw_scene(rng: Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray, np
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8), masks, visible
 
 
-def _clip(start: int, length: int, limit: int) -> slice:
-    return slice(max(0, start), min(limit, start + length))
-
-
 def _draw_object(
     rng: Generator, thing: SceneObject, scene: Scene
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """A patch: float32[h, w, 3] colour, float32[h, w] cover in [0, 1], and its top and left."""
+    """A patch: float32[s, s, 3] colour, float32[s, s] cover in [0, 1], and its top and left."""
     height, width = scene.size
     half = thing.side_px / 2
     x, y = thing.center[0] * width, thing.center[1] * height
@@ -287,23 +212,16 @@ def _posed(
     rng: Generator, thing: SceneObject, half: float, center: tuple[float, float]
 ) -> list[tuple[str, np.ndarray]]:
     """The kind's shape turned, mirrored and stretched a little, fitted into a square, in pixels."""
-    tones, points, ends = _outline(thing.kind)
+    tones, parts = zip(*SHAPES[thing.kind], strict=True)
+    points = np.concatenate(parts)
     stretch = np.array([rng.uniform(0.9, 1.1) * rng.choice((-1, 1)), 1.0])
     angle = np.radians(thing.angle)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     points = (points * stretch) @ turn
     low, high = points.min(axis=0), points.max(axis=0)
     points = (points - (low + high) / 2) * (2 * half / (high - low).max()) + center
-    bounds = zip((0, *ends), (*ends, len(points)), strict=True)
-    return [(tone, points[a:b]) for tone, (a, b) in zip(tones, bounds, strict=True)]
-
-
-@functools.cache
-def _outline(kind: str) -> tuple[list[str], np.ndarray, list[int]]:
-    """Tones of the parts, all their points in one array, and where each part but the last ends."""
-    tones, parts = zip(*SHAPES[kind], strict=True)
-    ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
-    return list(tones), np.concatenate(parts), ends
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    return list(zip(tones, np.split(points, ends), strict=True))
 
 
 def _tones(rng: Generator, colour: Colour) -> dict[str, Colour]:
@@ -343,10 +261,8 @@ def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndar
 @functools.cache
 def _texture(name: str) -> np.ndarray:
     """uint8[TILE, TILE, 3], periodic."""
-    rng = np.random.default_rng(BACKGROUNDS.index(name))
-    rows, columns = np.mgrid[:TILE, :TILE]
-    base, relief = TEXTURES[name]
-    texture = np.array(base) * (1 + relief(rng, rows, columns))[..., None]
+    rng = np.random.default_rng(list(BACKGROUNDS).index(name))
+    texture = np.array(BACKGROUNDS[name]) * (1 + _relief(name, rng))[..., None]
     return texture.clip(0, 255).astype(np.uint8)
 
 
@@ -367,51 +283,29 @@ def _shades(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray
     return rng.normal(0, 0.055, (TILE, TILE))[rows, columns]
 
 
-def _grass(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return 0.1 * _noise(rng, 9, 2) + 0.06 * _noise(rng, 40, 40)
-
-
-def _sand(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return 0.04 * _noise(rng, 1.5, 1.5) + 0.035 * _waves(32, rows, 2.2 * _noise(rng, 60, 60))
-
-
-def _water(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return 0.07 * _waves(40, rows, 2.6 * _noise(rng, 30, 50)) + 0.05 * _noise(rng, 6, 24)
-
-
-def _bricks(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    shifted = (columns + 16 * (rows // 16 % 2)) % TILE
-    mortar = (rows % 16 < 2) | (shifted % 32 < 2)
-    shades = _shades(rng, rows // 16, shifted // 32)
-    return np.where(mortar, 0.22, shades) + 0.03 * _noise(rng, 2, 2)
-
-
-def _wood(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    grain = 0.05 * _waves(96, rows, 3 * _noise(rng, 14, 90)) + 0.02 * _noise(rng, 1.5, 8)
-    return np.where(rows % 32 < 2, -0.3, _shades(rng, rows // 32, 0 * columns)) + grain
-
-
-def _sky(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return 0.16 * (_noise(rng, 45, 80) + 0.4 * _noise(rng, 12, 18)).clip(0, 1.6)
-
-
-def _stone(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return 0.07 * _noise(rng, 5, 5) + 0.09 * np.tanh(2 * _noise(rng, 30, 30))
-
-
-def _tiles(rng: Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    grout = (rows % 32 < 2) | (columns % 32 < 2)
+def _relief(name: str, rng: Generator) -> np.ndarray:
+    """How much lighter every pixel of a texture is than its colour, float[TILE, TILE]."""
+    rows, columns = np.mgrid[:TILE, :TILE]
+    match name:
+        case "grass":
+            return 0.1 * _noise(rng, 9, 2) + 0.06 * _noise(rng, 40, 40)
+        case "sand":
+            ripples = 0.04 * _noise(rng, 1.5, 1.5)
+            return ripples + 0.035 * _waves(32, rows, 2.2 * _noise(rng, 60, 60))
+        case "water":
+            return 0.07 * _waves(40, rows, 2.6 * _noise(rng, 30, 50)) + 0.05 * _noise(rng, 6, 24)
+        case "bricks":
+            shifted = (columns + 16 * (rows // 16 % 2)) % TILE
+            mortar = (rows % 16 < 2) | (shifted % 32 < 2)
+            shades = _shades(rng, rows // 16, shifted // 32)
+            return np.where(mortar, 0.22, shades) + 0.03 * _noise(rng, 2, 2)
+        case "wood":
+            grain = 0.05 * _waves(96, rows, 3 * _noise(rng, 14, 90)) + 0.02 * _noise(rng, 1.5, 8)
+            return np.where(rows % 32 < 2, -0.3, _shades(rng, rows // 32, 0 * columns)) + grain
+        case "sky":
+            return 0.16 * (_noise(rng, 45, 80) + 0.4 * _noise(rng, 12, 18)).clip(0, 1.6)
+        case "stone":
+            return 0.07 * _noise(rng, 5, 5) + 0.09 * np.tanh(2 * _noise(rng, 30, 30))
+    grout = (rows % 32 < 2) | (columns % 32 < 2)  # tiles
     shades = _shades(rng, rows // 32, columns // 32)
     return np.where(grout, -0.22, shades) + 0.015 * _noise(rng, 3, 3)
-
-
-TEXTURES = {  # colour and relief
-    "grass": ((128, 152, 104), _grass),
-    "sand": ((212, 194, 158), _sand),
-    "water": ((128, 166, 186), _water),
-    "bricks": ((172, 138, 120), _bricks),
-    "wood": ((178, 144, 108), _wood),
-    "sky": ((164, 192, 216), _sky),
-    "stone": ((150, 148, 146), _stone),
-    "tiles": ((188, 194, 196), _tiles),
-}

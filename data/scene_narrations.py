@@ -38,21 +38,13 @@ CLOSINGS = (
     ". The background is {}.", ". Behind there is {}.", ", in front of {}.",
 )  # fmt: skip
 BACKDROPS = {
-    "grass": "grass",
-    "sand": "sand",
-    "water": "water",
-    "bricks": "a brick wall",
-    "wood": "a wooden floor",
-    "sky": "the sky",
-    "stone": "a stone wall",
-    "tiles": "a tiled floor",
-}
+    "grass": "grass", "sand": "sand", "water": "water", "bricks": "a brick wall",
+    "wood": "a wooden floor", "sky": "the sky", "stone": "a stone wall", "tiles": "a tiled floor",
+}  # fmt: skip
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
 FILLERS = ("um", "uh", "well", "maybe")
-CHANCES = {  # of a filler, a size, a place, the background
-    "short": (0.06, 0.35, 0.12, 0.3),
-    "long": (0.15, 0.9, 0.5, 0.9),
-}
+# Chances of a filler, a size, a place, the background
+CHANCES = {"short": (0.06, 0.35, 0.12, 0.3), "long": (0.15, 0.9, 0.5, 0.9)}
 RATE = 60  # points per second while the hand moves
 WHOLE = np.array([0.08, 0.08, 0.92, 0.92])  # where it sweeps for the background
 
@@ -106,10 +98,9 @@ def narrate(
 
 def _ordered(rng: Generator, objects: tuple[SceneObject, ...], order: Order) -> list[int]:
     if order == "random":
-        return [int(index) for index in rng.permutation(len(objects))]
-    if order == "size":
-        return sorted(range(len(objects)), key=lambda index: -objects[index].side_px)
-    return sorted(range(len(objects)), key=lambda index: objects[index].center[0])
+        return rng.permutation(len(objects)).tolist()
+    keys = {"size": lambda i: -objects[i].side_px, "left-to-right": lambda i: objects[i].center[0]}
+    return sorted(range(len(objects)), key=keys[order])
 
 
 def _described(
@@ -183,11 +174,9 @@ def _place(thing: SceneObject) -> str:
     """Where the object is in the image, by thirds of its sides."""
     column, row = (min(2, int(value * 3)) for value in thing.center)
     across, down = ("left", "", "right")[column], ("top", "", "bottom")[row]
-    if across and down:
-        return f"at the {down} {across}"
-    if across:
-        return f"on the {across}"
-    return f"at the {down}" if down else "in the middle"
+    if down:
+        return f"at the {down} {across}".strip()
+    return f"on the {across}" if across else "in the middle"
 
 
 def _spoken(rng: Generator, words: list[Word]) -> list[Word]:
@@ -216,12 +205,8 @@ def _utterances(rng: Generator, words: list[Word]) -> list[dict[str, Any]]:
         else:
             groups.append([word])
     timed = [
-        {
-            "utterance": " ".join(word.text for word in group),
-            "start_time": group[0].start,
-            "end_time": group[-1].end,
-        }
-        for group in groups
+        {"utterance": " ".join(w.text for w in g), "start_time": g[0].start, "end_time": g[-1].end}
+        for g in groups
     ]
     if rng.random() < 0.05:  # as in the published files: a first utterance without length
         timed[0].update(start_time=0, end_time=0)

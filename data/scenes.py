@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,13 +76,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Example:
-    """A scene with all that is written about it; boxes are of the visible part."""
+    """A scene with all that is written about it."""
 
     image_id: int
     scene: Scene
     image: np.ndarray  # uint8[H, W, 3]
     masks: np.ndarray  # bool[n, H, W], visible parts
-    boxes: np.ndarray  # float[n, 4], xyxy in [0, 1]
+    boxes: np.ndarray  # float[n, 4], xyxy in [0, 1], of the visible parts
     narration: Narration
     annotator: int
 
@@ -140,16 +139,11 @@ def narrative_line(example: Example, split: str) -> dict[str, Any]:
 def truth_line(example: Example) -> dict[str, Any]:
     """What evaluation may know: boxes, and which object each mention is about."""
     objects = [
-        {
-            "kind": thing.kind,
-            "colour": thing.colour,
-            "size": thing.size,
-            "box": [round(float(value), 5) for value in box],
-            "center": [round(value, 5) for value in thing.center],
-            "heldout_pair": thing.held_out,
-        }
-        for thing, box in zip(example.scene.objects, example.boxes, strict=True)
-    ]
+        {"kind": thing.kind, "colour": thing.colour, "size": thing.size,
+         "box": [round(value, 5) for value in box],
+         "center": [round(value, 5) for value in thing.center], "heldout_pair": thing.held_out}
+        for thing, box in zip(example.scene.objects, example.boxes.tolist(), strict=True)
+    ]  # fmt: skip
     return {
         "image_id": str(example.image_id),
         "background": example.scene.background,
@@ -161,7 +155,7 @@ def truth_line(example: Example) -> dict[str, Any]:
 
 def categories() -> list[dict[str, Any]]:
     """Every colour and kind, in a fixed order with ids from 1 on."""
-    names = [(colour, kind) for kind in KINDS for colour in COLOURS]
+    names = ((colour, kind) for kind in KINDS for colour in COLOURS)
     return [
         {"id": index, "name": f"{colour} {kind}", "supercategory": kind}
         for index, (colour, kind) in enumerate(names, start=1)
@@ -172,23 +166,22 @@ def instances(example: Example) -> list[dict[str, Any]]:
     """COCO instance annotations, without ids."""
     height, width = example.scene.size
     encoded = coco_mask.encode(np.asfortranarray(example.masks.transpose(1, 2, 0).astype(np.uint8)))
-    annotations = []
-    for index, thing in enumerate(example.scene.objects):
-        x0, y0, x1, y1 = example.boxes[index] * (width, height, width, height)
-        category = KINDS.index(thing.kind) * len(COLOURS) + list(COLOURS).index(thing.colour) + 1
-        rle = encoded[index]
-        annotations.append(
-            {
-                "image_id": example.image_id,
-                "category_id": category,
-                "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
-                "area": int(example.masks[index].sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                "attributes": {"colour": thing.colour, "kind": thing.kind, "size": thing.size},
-            }
+    ids = {entry["name"]: entry["id"] for entry in categories()}
+    boxes_px = example.boxes * (width, height, width, height)
+    return [
+        {
+            "image_id": example.image_id,
+            "category_id": ids[f"{thing.colour} {thing.kind}"],
+            "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
+            "area": int(mask.sum()),
+            "iscrowd": 0,
+            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            "attributes": {"colour": thing.colour, "kind": thing.kind, "size": thing.size},
+        }
+        for thing, mask, (x0, y0, x1, y1), rle in zip(
+            example.scene.objects, example.masks, boxes_px, encoded, strict=True
         )
-    return annotations
+    ]
 
 
 def short_caption(example: Example) -> str:
@@ -272,14 +265,11 @@ def _is_complete(options: Options) -> bool:
 def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> None:
     annotations = folder / "annotations"
     info = {"description": f"procedural scenes, {split}", "version": "1.0"}
-    images: list[dict[str, Any]] = []
-    boxes: list[dict[str, Any]] = []
-    captions: list[dict[str, Any]] = []
-    with ExitStack() as files:
-        narratives = files.enter_context(
-            open(annotations / f"scenes_{split}_localized_narratives.jsonl", "w")
-        )
-        truth = files.enter_context(open(annotations / f"scenes_{split}_truth.jsonl", "w"))
+    images, boxes, captions = [], [], []
+    with (
+        open(annotations / f"scenes_{split}_localized_narratives.jsonl", "w") as narratives,
+        open(annotations / f"scenes_{split}_truth.jsonl", "w") as truth,
+    ):
         for part in parts:
             narratives.write(part["narrative"] + "\n")
             truth.write(part["truth"] + "\n")
@@ -287,12 +277,11 @@ def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> N
             boxes += [{"id": len(boxes) + n, **box} for n, box in enumerate(part["instances"], 1)]
             captions.append({"id": len(captions) + 1, **part["caption"]})
     head = {"info": info, "licenses": [], "images": images}
-    (annotations / f"instances_{split}.json").write_text(
-        json.dumps({**head, "annotations": boxes, "categories": categories()})
-    )
-    (annotations / f"captions_{split}.json").write_text(
-        json.dumps({**head, "annotations": captions})
-    )
+    for name, content in (
+        ("instances", {**head, "annotations": boxes, "categories": categories()}),
+        ("captions", {**head, "annotations": captions}),
+    ):
+        (annotations / f"{name}_{split}.json").write_text(json.dumps(content))
 
 
 def main() -> None:
