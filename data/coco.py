@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from pycocotools import mask as coco_mask
@@ -26,19 +25,12 @@ from pixelllm.records import Box, Phrase, Record
 from pixelllm.tables import write_table
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """One or more COCO files, merged by image.
+class Annotations(NamedTuple):
+    """One or more COCO files, merged by image."""
 
-    Args:
-        images: the files' image entries by id.
-        by_image: (file name, annotation) pairs by image id.
-        categories: names by id.
-    """
-
-    images: dict[int, dict[str, Any]]
-    by_image: dict[int, list[tuple[str, dict[str, Any]]]]
-    categories: dict[int, str]
+    images: dict[int, dict[str, Any]]  # entries by id
+    by_image: dict[int, list[tuple[str, dict[str, Any]]]]  # (file name, annotation) by image id
+    categories: dict[int, str]  # names by id
 
 
 def load_annotations(files: list[Path]) -> Annotations:
@@ -46,9 +38,7 @@ def load_annotations(files: list[Path]) -> Annotations:
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong in it.
     """
-    images: dict[int, dict[str, Any]] = {}
-    by_image: dict[int, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    categories: dict[int, str] = {}
+    images, by_image, categories = {}, defaultdict(list), {}
     for file in files:
         content = _load(file)
         images.update({image["id"]: image for image in content["images"]})
@@ -158,13 +148,10 @@ def _phrase(
         _count(report, "empty box")
         return None
     report["regions"] += 1
+    mask = _mask(annotation, name, size)
+    category = categories[annotation["category_id"]]
     return Phrase(
-        f"region/{annotation['id']}",
-        "region",
-        categories[annotation["category_id"]],
-        prompt_box=box,
-        target_box=box,
-        mask=_mask(annotation, name, size),
+        f"region/{annotation['id']}", "region", category, prompt_box=box, target_box=box, mask=mask
     )
 
 

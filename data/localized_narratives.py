@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -60,7 +61,6 @@ def read_record(line: Line, options: Options) -> Record | str:
     the file and line.
     """
     narrative = _parse(line)
-    narrative["caption"] = narrative["caption"].strip()
     if not narrative["caption"]:
         return "empty caption"
     names = f"{narrative['dataset_id']}/{narrative['image_id']}"
@@ -79,15 +79,11 @@ def read_record(line: Line, options: Options) -> Record | str:
         pieces = align(narrative)
     except ValueError as error:
         raise ValueError(f"{line.place}: {names}: {error}") from error
-    phrase = Phrase(
-        id=f"{names}/{narrative['annotator_id']}",
-        task="narration",
-        caption=narrative["caption"],
-        pieces=pieces,
-    )
+    name = f"{names}/{narrative['annotator_id']}"
+    phrase = Phrase(name, "narration", narrative["caption"], pieces=pieces)
     if options.embed_images:
-        return Record(id=names, size=size, phrases=(phrase,), data=path.read_bytes())
-    return Record(id=names, size=size, phrases=(phrase,), path=os.path.abspath(path))
+        return Record(names, size, (phrase,), data=path.read_bytes())
+    return Record(names, size, (phrase,), path=os.path.abspath(path))
 
 
 def _parse(line: Line) -> dict[str, Any]:
@@ -103,20 +99,14 @@ def _parse(line: Line) -> dict[str, Any]:
                 f"{line.place}: field {field!r} is missing; is this the annotation "
                 "file of Localized Narratives and not the captions-only one?"
             )
-    for field in ("dataset_id", "caption"):
-        if not isinstance(narrative[field], str):
+        if field in ("dataset_id", "caption") and not isinstance(narrative[field], str):
             raise ValueError(f"{line.place}: {field} is not a string: {narrative[field]!r}")
-    narrative["image_id"] = str(narrative["image_id"])
-    return narrative
+    cleaned = {"image_id": str(narrative["image_id"]), "caption": narrative["caption"].strip()}
+    return narrative | cleaned
 
 
 def image_candidates(root: Path, dataset_id: str, image_id: str) -> list[Path]:
-    """Where the image of a narrative may lie, by the naming rules of its corpus.
-
-    Args:
-        root: the folder of `--images`, or of the one corpus.
-        dataset_id, image_id: as in the annotation, for example "mscoco_val2017", "137576".
-    """
+    """Where the image of, for example, ("mscoco_val2017", "137576") may lie below `root`."""
     part = dataset_id.lower()
     split = "train" if "train" in part else "test" if "test" in part else "val"
     number = image_id.zfill(12) if image_id.isdigit() else image_id
@@ -134,11 +124,10 @@ def image_candidates(root: Path, dataset_id: str, image_id: str) -> list[Path]:
         folders = ("", f"{split}/", "validation/") if split == "val" else ("", f"{split}/")
         paths = [f"{folder}{image_id}.jpg" for folder in folders]
     else:
-        names = dict.fromkeys((number, image_id))
         paths = [
             f"{folder}{name}.{suffix}"
             for folder in ("", f"{split}/", "images/")
-            for name in names
+            for name in dict.fromkeys((number, image_id))
             for suffix in ("jpg", "png")
         ]
     return [root / path for path in paths]
@@ -169,12 +158,12 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 transpose
+        if width * height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
+            raise Image.DecompressionBombError(f"{width} x {height} pixels")
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a readable image ({error})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path} is refused as a decompression bomb ({error})") from error
-    if width * height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
-        raise ValueError(f"{path} is refused as a decompression bomb ({width} x {height} pixels)")
     return (width, height) if is_turned else (height, width)
 
 
@@ -196,7 +185,7 @@ def read_lines(files: Iterable[Path], progress: Callable[[int], Any]) -> Iterato
 
 
 def read_records(
-    lines: Iterable[Line], options: Options, num_proc: int, report: dict[str, Any]
+    lines: Iterator[Line], options: Options, num_proc: int, report: dict[str, Any]
 ) -> Iterator[Record]:
     """Records in the order of the lines, the same for any number of processes.
 
@@ -205,36 +194,26 @@ def read_records(
     """
     report.update(read=0, kept=0, dropped={}, without_trace=0, pieces=0, pieces_with_place=0)
     seen: Counter[str] = Counter()
-    read_chunk = partial(_read_chunk, options=options)
-    for outcomes in _ordered_map(read_chunk, _chunks(lines), num_proc):
-        for outcome in outcomes:
-            report["read"] += 1
-            if isinstance(outcome, str):
-                report["dropped"][outcome] = report["dropped"].get(outcome, 0) + 1
-                continue
-            (phrase,) = outcome.phrases
-            report["kept"] += 1
-            report["without_trace"] += not phrase.pieces
-            report["pieces"] += len(phrase.pieces)
-            report["pieces_with_place"] += sum(p.center is not None for p in phrase.pieces)
-            numbered = replace(phrase, id=f"{phrase.id}#{seen[phrase.id]}")
-            seen[phrase.id] += 1
-            yield replace(outcome, phrases=(numbered,))
+    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
+    for outcome in chain.from_iterable(
+        _ordered_map(partial(_read_chunk, options=options), chunks, num_proc)
+    ):
+        report["read"] += 1
+        if isinstance(outcome, str):
+            report["dropped"][outcome] = report["dropped"].get(outcome, 0) + 1
+            continue
+        (phrase,) = outcome.phrases
+        report["kept"] += 1
+        report["without_trace"] += not phrase.pieces
+        report["pieces"] += len(phrase.pieces)
+        report["pieces_with_place"] += sum(p.center is not None for p in phrase.pieces)
+        numbered = replace(phrase, id=f"{phrase.id}#{seen[phrase.id]}")
+        seen[phrase.id] += 1
+        yield replace(outcome, phrases=(numbered,))
 
 
 def _read_chunk(lines: list[Line], options: Options) -> list[Record | str]:
     return [read_record(line, options) for line in lines]
-
-
-def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    chunk: list[Line] = []
-    for line in lines:
-        chunk.append(line)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _ordered_map(function: Callable, items: Iterable, num_proc: int) -> Iterator:
@@ -268,10 +247,7 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
             raise FileNotFoundError(f"{file}: no such annotation file")
     if not options.images.is_dir():
         raise FileNotFoundError(f"--images {options.images}: no such folder")
-    report: dict[str, Any] = {
-        "files": [str(file) for file in files],
-        "alignment": options.alignment,
-    }
+    report: dict[str, Any] = {"files": list(map(str, files)), "alignment": options.alignment}
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="narratives") as bar:
         lines = read_lines(files, bar.update)

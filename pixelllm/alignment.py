@@ -65,13 +65,11 @@ def text_pieces(narrative: dict[str, Any]) -> tuple[Piece, ...]:
     Raises:
         ValueError: an utterance or a trace point lacks a field or a finite number.
     """
-    trace = read_trace(narrative)
-    utterances, times = read_utterances(narrative)
+    trace, (utterances, times) = read_trace(narrative), read_utterances(narrative)
     if len(trace.times) < 2 or not utterances:
         return ()
     spans = match_utterances(narrative["caption"], utterances)
-    centers, boxes = average_trace(trace, times)
-    return _pieces(spans, np.clip(centers, 0, 1), np.clip(boxes, 0, 1))
+    return _pieces(spans, *(np.clip(values, 0, 1) for values in average_trace(trace, times)))
 
 
 def rank_pieces(narrative: dict[str, Any]) -> tuple[Piece, ...]:
@@ -80,22 +78,19 @@ def rank_pieces(narrative: dict[str, Any]) -> tuple[Piece, ...]:
     Start and end are -1; centre and box are neither clipped nor bounded (linear extrapolation).
     Arguments, errors and the empty result are those of `text_pieces`.
     """
-    trace = read_trace(narrative)
-    utterances, times = read_utterances(narrative)
+    trace, (utterances, times) = read_trace(narrative), read_utterances(narrative)
     if len(trace.times) < 2 or not utterances:
         return ()
     spoken = np.array([bool(text.strip()) for text in utterances])
-    centers, boxes = sample_trace(trace, times[spoken])
-    return _pieces([(-1, -1)] * int(spoken.sum()), centers, boxes)
+    return _pieces([(-1, -1)] * int(spoken.sum()), *sample_trace(trace, times[spoken]))
 
 
 def _pieces(spans: list[tuple[int, int] | None], centers: Array, boxes: Array) -> tuple[Piece, ...]:
     known = np.isfinite(centers).all(1) & np.isfinite(boxes).all(1)
+    rows = zip(spans, centers.tolist(), boxes.tolist(), known, strict=True)
     return tuple(
         Piece(*span, tuple(center), tuple(box)) if is_known else Piece(*span)
-        for span, center, box, is_known in zip(
-            spans, centers.tolist(), boxes.tolist(), known, strict=True
-        )
+        for span, center, box, is_known in rows
         if span is not None
     )
 
@@ -166,8 +161,7 @@ def average_trace(trace: Trace, times: Array) -> Places:
     start, end, known = _cut_to_trace(trace, times.min(1), times.max(1))
     first, last = _position(trace, start), _position(trace, end)  # (U, 2)
     duration, area = _integrals(trace, np.concatenate([start, end]), np.concatenate([first, last]))
-    duration = duration[len(start) :] - duration[: len(start)]
-    area = area[len(start) :] - area[: len(start)]
+    duration, area = (np.subtract(*np.split(sums, 2)[::-1]) for sums in (duration, area))
     is_moment = (duration < MIN_DURATION)[:, None]
     centers = np.where(is_moment, (first + last) / 2, area / np.maximum(duration, 1e-9)[:, None])
     low, high = _extent(trace, start, end)
@@ -189,11 +183,8 @@ def _cut_to_trace(trace: Trace, start: Array, end: Array) -> tuple[Array, Array,
     ahead, behind = next_begin - end, start - last_end
     nearest = np.where(ahead < behind, next_begin, last_end)
     known = ~is_away | (np.minimum(ahead, behind) <= MAX_DISTANCE)
-    return (
-        np.where(is_away, nearest, inside_start),
-        np.where(is_away, nearest, inside_end),
-        known,
-    )
+    start, end = (np.where(is_away, nearest, inside) for inside in (inside_start, inside_end))
+    return start, end, known
 
 
 def _position(trace: Trace, times: Array) -> Array:
@@ -252,32 +243,25 @@ def match_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int,
     difflib, and characters between matched words; an utterance counts as found when `MIN_MATCH`
     of its characters are. Punctuation goes with the word it touches.
     """
-    position = [i for i, char in enumerate(caption) if char.isalnum()]
-    said = [[char.lower() for char in text if char.isalnum()] for text in utterances]
-    written, spoken = [caption[i].lower() for i in position], [c for text in said for c in text]
-    place = _match_characters(caption, utterances, position, written, spoken)
+    place = iter(_match_characters(caption, " ".join(utterances)))
     spans: list[tuple[int, int] | None] = []
-    offset = 0
-    for text in said:
-        found = [i for i in place[offset : offset + len(text)] if i is not None]
-        offset += len(text)
-        is_found = bool(found) and len(found) >= MIN_MATCH * len(text)
+    for text in utterances:
+        letters = [next(place) for char in text if char.isalnum()]
+        found = [i for i in letters if i is not None]
+        is_found = bool(found) and len(found) >= MIN_MATCH * len(letters)
         spans.append((found[0], found[-1] + 1) if is_found else None)
     return _widen_to_words(caption, spans)
 
 
-def _match_characters(
-    caption: str,
-    utterances: Sequence[str],
-    position: list[int],
-    written: list[str],
-    spoken: list[str],
-) -> list[int | None]:
+def _match_characters(caption: str, speech: str) -> list[int | None]:
     """For each spoken letter its index in the caption."""
+    position = [i for i, char in enumerate(caption) if char.isalnum()]
+    written = [caption[i].lower() for i in position]
+    spoken = [char.lower() for char in speech if char.isalnum()]
     if written == spoken:
-        return list(position)
+        return position
     place: list[int | None] = [None] * len(spoken)
-    left, right = _word_bounds(caption), _word_bounds(" ".join(utterances))
+    left, right = _word_bounds(caption), _word_bounds(speech)
     left_words = ["".join(written[a:b]) for a, b in left]
     right_words = ["".join(spoken[a:b]) for a, b in right]
     matcher = SequenceMatcher(None, left_words, right_words, autojunk=False)
@@ -339,9 +323,8 @@ def assign_tokens(pieces: Sequence[Piece], offsets: Sequence[tuple[int, int]]) -
     if pieces[0].start < 0:
         return _assign_by_rank(pieces, spans[:, 1] > spans[:, 0])
     bounds = np.array([(piece.start, piece.end) for piece in pieces])
-    overlap = np.minimum(spans[:, None, 1], bounds[:, 1]) - np.maximum(
-        spans[:, None, 0], bounds[:, 0]
-    )  # (T, P)
+    begin, end = np.maximum(spans[:, None], bounds), np.minimum(spans[:, None], bounds)
+    overlap = end[..., 1] - begin[..., 0]  # (T, P)
     best = overlap.argmax(1)
     known = np.array([piece.center is not None for piece in pieces])
     return np.where((overlap.max(1) > 0) & known[best], best, -1)
@@ -362,17 +345,14 @@ def _assign_by_rank(pieces: Sequence[Piece], is_word: NDArray[np.bool_]) -> NDAr
 
 
 def token_boxes(pieces: Sequence[Piece], offsets: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
-    """float32[T, 4] xyxy in [0, 1] of the image, NaN where a token points nowhere.
-
-    Arguments as in `assign_tokens`.
-    """
+    """float32[T, 4] xyxy in [0, 1] of the image, NaN where a token points nowhere."""
     return _gather([piece.box for piece in pieces], assign_tokens(pieces, offsets), 4)
 
 
 def token_centers(
     pieces: Sequence[Piece], offsets: Sequence[tuple[int, int]]
 ) -> NDArray[np.float32]:
-    """float32[T, 2] (x, y) in [0, 1], NaN where a token points nowhere; as `token_boxes`."""
+    """float32[T, 2] (x, y) in [0, 1], NaN where a token points nowhere."""
     return _gather([piece.center for piece in pieces], assign_tokens(pieces, offsets), 2)
 
 
@@ -398,13 +378,10 @@ def token_points_px(
     Returns:
         float32[T, points, 2]; the grid is in row-major order.
     """
-    height, width = size
-    scale = np.array([width, height], dtype=np.float32)
+    scale = np.array(size[::-1], dtype=np.float32)
     if points_per_side == -1:
-        centers = token_centers(pieces, offsets)
-        return np.nan_to_num(np.rint(centers * scale))[:, None]
-    corners = np.rint(token_boxes(pieces, offsets).reshape(-1, 2, 2) * scale)
-    corners = np.nan_to_num(corners)
+        return np.nan_to_num(np.rint(token_centers(pieces, offsets) * scale))[:, None]
+    corners = np.nan_to_num(np.rint(token_boxes(pieces, offsets).reshape(-1, 2, 2) * scale))
     if points_per_side < 1:
         return corners
     cells = (np.arange(points_per_side, dtype=np.float32) + 0.5) / points_per_side
