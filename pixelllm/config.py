@@ -24,6 +24,7 @@ class SamConfig:
     global_blocks: tuple[int, ...] = (7, 15, 23, 31)
     conv_stem: bool = False  # a small convolutional stem instead of the linear patch embedding
     weights: str | None = None  # an official sam_vit_*.pth
+    bfloat16: bool = False  # hold the frozen encoder in bfloat16
     half_features: bool = False  # round the frozen features to float16, the cache's precision
 
 

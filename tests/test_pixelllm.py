@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax_language
 import flax_weights
 import pytest
@@ -9,7 +11,9 @@ import torch
 from conftest import GoldenCase, golden_names, load_golden
 from torch import nn
 
+from pixelllm.config import SamConfig
 from pixelllm.losses import point_loss, text_loss
+from pixelllm.models.build import build_sam_branch
 from pixelllm.models.eva02 import eva02
 from pixelllm.models.pixelllm import ImageBranch, PixelLLMNetwork, Text
 from pixelllm.models.points import PointHead
@@ -174,3 +178,19 @@ def test_golden_whole_model_writes_the_official_captions(name: str, rule: str) -
     valid = case.tensor(f"out.infer_{rule}.point_valid_mask")[:, :, :T]
     official = case.tensor(f"out.infer_{rule}.point_coords")[:, :, :T]
     torch.testing.assert_close(points[valid], official[valid], **case.tolerance)
+
+
+def test_a_bfloat16_sam_gives_nearly_the_same_float32_features() -> None:
+    """Catches pixels in another dtype than the frozen weights, and low precision leaking out."""
+    config = SamConfig(64, 16, 32, 2, 2, 16, window_size=2, global_blocks=(1,))
+    torch.manual_seed(0)
+    full = build_sam_branch(config, 64)
+    half = build_sam_branch(replace(config, bfloat16=True), 64)
+    half.load_state_dict(full.state_dict())
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 64], [40, 64]])
+    with torch.no_grad():
+        expected, found = full(images, sizes), half(images, sizes)
+    assert found.dtype == torch.float32
+    assert next(half.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection
 
 import timm
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -69,7 +70,10 @@ def build_sam_encoder(config: SamConfig) -> SamEncoder:
 
 def build_sam_branch(config: SamConfig, frame: int) -> ImageBranch:
     mean, std = sam_module.PIXEL_MEAN, sam_module.PIXEL_STD
-    return ImageBranch(build_sam_encoder(config), mean, std, frame, config.half_features)
+    encoder = build_sam_encoder(config)
+    if config.bfloat16:
+        encoder.to(torch.bfloat16)
+    return ImageBranch(encoder, mean, std, frame, config.half_features)
 
 
 def build_eva02_encoder(config: Eva02Config, pretrained: bool = False) -> Eva02Encoder:

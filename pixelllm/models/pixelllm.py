@@ -74,7 +74,8 @@ class ImageBranch(nn.Module):
         """uint8 or float[B, 3, S', S'] in 0..255 and int64[B, 2] -> float32[B, C, h, w]."""
         size = (self.input_size, self.input_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            features = self.encoder(normalise(images, sizes, self.mean, self.std, size))
+            pixels = normalise(images, sizes, self.mean, self.std, size)
+            features = self.encoder(pixels.to(next(self.encoder.parameters()).dtype))
         return features.half().float() if self.half_features else features.float()
 
 

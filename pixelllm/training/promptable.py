@@ -134,7 +134,7 @@ def load_sam_run(folder: Path | str) -> tuple[SamPretraining, PromptableSam]:
 
 def check_same(ours: object, theirs: object, where: str) -> None:
     """Raise ValueError naming the sizes in which two configurations of a part differ."""
-    ignored = {"weights", "half_features", "drop_path", "dropout", "from_sam"}
+    ignored = {"weights", "bfloat16", "half_features", "drop_path", "dropout", "from_sam"}
     here = _leaves(asdict(ours))
     differences = [
         f"{name} is {value} there, {here[name]} here"
