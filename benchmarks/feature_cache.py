@@ -1,0 +1,61 @@
+"""Training steps with and without cached features, side by side in one process.
+
+    python benchmarks/feature_cache.py runs/quickstart
+
+takes the data and the pretrained halves of a finished quickstart.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pixelllm.config import StartConfig
+from pixelllm.recipes import scenes_tiny
+from pixelllm.tables import Table
+from pixelllm.training.captioning import build_stage
+from pixelllm.training.loop import Stage
+
+STEPS = 12
+
+
+def step(stage: Stage, number: int) -> float:
+    """One forward and backward pass; returns its loss."""
+    total = sum(stage.loss(stage.batches[number]).values())
+    total.backward()
+    return total.item()
+
+
+def main(run: Path) -> None:
+    config = scenes_tiny()
+    start = StartConfig(sam=str(run / "sam"), eva02=str(run / "eva02"))
+    config = replace(config, start=start, sources=config.sources[-1:])
+    config = replace(config, sources=(replace(config.sources[0], window=(0.0, 1.0)),))
+    tables = [Table(run / "data" / "narrations_val")]
+    seconds, losses = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, cache in (("without", None), ("with", Path(folder))):
+            torch.manual_seed(0)
+            stage = build_stage(config, tables, tables[0], torch.device("cpu"), cache)
+            stage.model.train()
+            losses[name] = [step(stage, 0)]
+            begin = time.perf_counter()
+            losses[name] += [step(stage, number) for number in range(1, STEPS + 1)]
+            seconds[name] = time.perf_counter() - begin
+    images = STEPS * config.train.batch_size
+    for name, spent in seconds.items():
+        print(f"{name:8} a cache: {images / spent:7.1f} images/s")
+    print(f"ratio {seconds['without'] / seconds['with']:.2f}")
+    worst = max(abs(a - b) for a, b in zip(losses["without"], losses["with"], strict=True))
+    print(f"largest difference of a loss: {worst:.1e}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
