@@ -7,15 +7,21 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_names, load_golden
 from flax_language import t5_trunk
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from pixelllm.losses import text_loss
 from pixelllm.models.language import (
     DecoderOnlyLanguage,
     EncoderDecoderLanguage,
     add_lora,
-    build_causal,
     build_t5,
+    build_trunk,
     load_trunk,
 )
 
@@ -27,7 +33,12 @@ def t5():
 
 
 def llama():
-    return build_causal(V, D, 2, num_heads=2, ff=24)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return build_trunk(config)
 
 
 def gpt2():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, Cache, DynamicCache
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from pixelllm.models.trunk import Generation, Language, Prompt
+from pixelllm.models.trunk import Language, Prompt, join
 
 
 class GitDecoder(Language):
@@ -62,10 +62,7 @@ class GitDecoder(Language):
         self.apply(_init)
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        context = self._embed(context_ids)
-        visual = self.visual_projection(prefix).to(context.dtype)
-        states = torch.cat([visual, context], dim=1)
-        return Prompt(states, F.pad(context_padding, (prefix.shape[1], 0), value=False))
+        return join(self.visual_projection(prefix), self._embed(context_ids), context_padding)
 
     def decode(
         self,
@@ -95,23 +92,7 @@ class GitDecoder(Language):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.output(hidden.float())
 
-    def generate(
-        self,
-        prefix: Tensor,
-        context_ids: Tensor,
-        context_padding: Tensor,
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-    ) -> Generation:
-        """Words by the official rules, the only ones this trunk knows."""
-        return self.generate_official(
-            prefix,
-            context_ids,
-            context_padding,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-        )
+    generate = Language.generate_official  # the only rules this trunk knows
 
     def _embed(self, token_ids: Tensor, start: int = 0) -> Tensor:
         positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)

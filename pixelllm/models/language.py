@@ -23,8 +23,6 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -32,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from pixelllm.models.trunk import Generation, Language, Prompt
+from pixelllm.models.trunk import Generation, Language, Prompt, join
 
 # The official code adds this to masked attention scores. Unlike -inf it makes a row without any
 # valid key an average over all keys.
@@ -64,7 +62,6 @@ class TransformersLanguage(Language):
         model.generation_config = GenerationConfig()
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """int64[R, T] -> float[R, T, D]"""
         return self.model.get_input_embeddings()(token_ids)
 
     @abstractmethod
@@ -92,11 +89,8 @@ class TransformersLanguage(Language):
     ) -> Generation:
         """Greedy, beam or sampled words through `transformers`, the prompt encoded once.
 
-        Args:
-            prefix, context_ids, context_padding: as in `forward`.
-            max_new_tokens: without BOS, EOS included.
-            length_penalty: beams are ranked by log-probability / length ** length_penalty.
-            The others as in `transformers.GenerationConfig`.
+        The prompt is that of `forward`; `max_new_tokens` counts EOS but not BOS; the others are
+        those of `transformers.GenerationConfig`.
         """
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         beams = {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {}
@@ -138,9 +132,7 @@ class EncoderDecoderLanguage(TransformersLanguage):
         model.encoder.dropout.p = model.decoder.dropout.p = 0.0
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        context = self.dropout(self.embed(context_ids))
-        states = torch.cat([prefix.to(context.dtype), context], dim=1)
-        padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
+        states, padding = join(prefix, self.dropout(self.embed(context_ids)), context_padding)
         mask = _pair_mask(padding, padding) if self.official_masks else ~padding
         encoded = self.model.encoder(inputs_embeds=states, attention_mask=mask)
         return Prompt(self.dropout(encoded.last_hidden_state), padding)
@@ -188,18 +180,13 @@ class DecoderOnlyLanguage(TransformersLanguage):
     """Any causal model: [visual tokens; context; words] in one sequence.
 
     Padded context is masked and takes no position, so that it may stay in the middle.
-
-    Args:
-        model: from `AutoModelForCausalLM`.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model, model.config.bos_token_id)
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        context = self.embed(context_ids)
-        padding = F.pad(context_padding, (prefix.shape[1], 0), value=False)
-        return Prompt(torch.cat([prefix.to(context.dtype), context], dim=1), padding)
+        return join(prefix, self.embed(context_ids), context_padding)
 
     def decode(
         self,
@@ -249,13 +236,11 @@ def load_trunk(
         OSError: there is no such model.
         ValueError: an encoder-decoder that is not of the T5 family.
     """
-    source = {
-        "pretrained_model_name_or_path": str(name_or_path),
-        "local_files_only": Path(name_or_path).is_dir(),
-    }
-    if AutoConfig.from_pretrained(**source).is_encoder_decoder:
-        return EncoderDecoderLanguage(AutoModelForSeq2SeqLM.from_pretrained(**source, dtype=dtype))
-    return DecoderOnlyLanguage(AutoModelForCausalLM.from_pretrained(**source, dtype=dtype))
+    name, local = str(name_or_path), {"local_files_only": Path(name_or_path).is_dir()}
+    if AutoConfig.from_pretrained(name, **local).is_encoder_decoder:
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, **local, dtype=dtype)
+        return EncoderDecoderLanguage(model)
+    return DecoderOnlyLanguage(AutoModelForCausalLM.from_pretrained(name, **local, dtype=dtype))
 
 
 def build_t5(
@@ -307,33 +292,6 @@ def build_trunk(config: PretrainedConfig) -> EncoderDecoderLanguage | DecoderOnl
     if config.is_encoder_decoder:
         return EncoderDecoderLanguage(_random_t5(config))
     return DecoderOnlyLanguage(AutoModelForCausalLM.from_config(config))
-
-
-def build_causal(
-    vocab_size: int,
-    width: int,
-    num_layers: int,
-    num_heads: int,
-    ff: int,
-    dropout: float = 0.0,
-    pad_id: int = 0,
-    bos_id: int = 0,
-    eos_id: int = 1,
-) -> DecoderOnlyLanguage:
-    """A Llama with random weights; `dropout` acts on attention only, as in that model."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=ff,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        attention_dropout=dropout,
-        pad_token_id=pad_id,
-        bos_token_id=bos_id,
-        eos_token_id=eos_id,
-        tie_word_embeddings=False,
-    )
-    return DecoderOnlyLanguage(LlamaForCausalLM(config))
 
 
 def add_lora(trunk: TransformersLanguage, rank: int, alpha: float, targets: Sequence[str]) -> None:

@@ -32,14 +32,9 @@ class SamEncoder(official.ImageEncoderViT):
 
     Args:
         image_size: side of the square images that the position tables are made for.
-        patch_size: pixels per feature cell.
-        width: channels of the transformer.
-        depth: number of blocks.
-        num_heads: attention heads.
-        out_channels: channels of the features.
+        width, depth: of the transformer; `out_channels` is the width of the features.
         window_size: side of the attention windows, in cells.
         global_blocks: indices of the blocks that attend to the whole image.
-        mlp_ratio: hidden width of the MLPs over `width`.
         stem: replaces the linear patch embedding; float[B, 3, H, W] -> float[B, width, h, w].
     """
 
@@ -81,14 +76,7 @@ class SamEncoder(official.ImageEncoderViT):
             self.patch_embed.proj = stem
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of normalised images.
-
-        Args:
-            images: float[B, 3, H, W], sides divisible by the patch size.
-
-        Returns:
-            float[B, out_channels, h, w].
-        """
+        """Normalised images float[B, 3, H, W] -> features float[B, out_channels, h, w]."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -143,7 +131,6 @@ class PromptEncoder(official.PromptEncoder):
         width: channels of the prompt tokens, equal to the encoder's `out_channels`.
         grid_size: (h, w) of the image features that SAM's own call returns a dense prompt for.
         image_size: (H, W) in pixels that SAM's own call measures its prompts in.
-        mask_channels: hidden channels of the mask prompt branch.
     """
 
     def __init__(
@@ -194,9 +181,7 @@ class MaskDecoder(official.MaskDecoder):
 
     Args:
         width: channels of features and prompt tokens.
-        depth: layers of the two-way transformer.
-        num_heads: its attention heads.
-        mlp_width: its hidden width.
+        depth, num_heads, mlp_width: of the two-way transformer.
     """
 
     def __init__(self, width: int, depth: int = 2, num_heads: int = 8, mlp_width: int = 2048):

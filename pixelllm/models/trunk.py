@@ -34,6 +34,12 @@ class Prompt(NamedTuple):
         return Prompt(*(tensor.repeat_interleave(times, dim=0) for tensor in self))
 
 
+def join(visual: Tensor, context: Tensor, context_padding: Tensor) -> Prompt:
+    """Visual tokens float[R, N, D], never padding, before context float[R, C, D]."""
+    states = torch.cat([visual.to(context.dtype), context], dim=1)
+    return Prompt(states, F.pad(context_padding, (visual.shape[1], 0), value=False))
+
+
 class Generation(NamedTuple):
     """Finished words with the features that a parallel (teacher forced) pass over them gives.
 
@@ -136,19 +142,16 @@ class Language(nn.Module, ABC):
 
     @torch.no_grad()
     def generate_official(
-        self,
-        prefix: Tensor,
-        context_ids: Tensor,
-        context_padding: Tensor,
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
+        self, *inputs: Tensor, max_new_tokens: int, num_beams: int = 1
     ) -> Generation:
-        """Decode by the rules of the official release (`pixelllm.decoding`), without a cache."""
-        prompt = self.encode(prefix, context_ids, context_padding)
+        """Decode by the rules of the official release (`pixelllm.decoding`), without a cache.
+
+        `inputs` are prefix, context_ids and context_padding as in `forward`.
+        """
+        prompt = self.encode(*inputs)
         beams = prompt.repeat(num_beams)
-        R, length = len(prefix), max_new_tokens + 2  # the official loop never fills the last slot
-        start = torch.full((R, length), self.eos_id, device=prefix.device)
+        R, length = len(prompt.states), max_new_tokens + 2  # the last slot is never filled
+        start = torch.full((R, length), self.eos_id, device=prompt.states.device)
         start[:, 0] = self.bos_id
 
         def next_logits(token_ids: Tensor, t: int) -> Tensor:
@@ -157,8 +160,7 @@ class Language(nn.Module, ABC):
         if num_beams == 1:
             token_ids, _ = greedy_search(next_logits, start, self.eos_id)
         else:
-            all_ids, _ = beam_search(next_logits, start, self.eos_id, num_beams)
-            token_ids = all_ids[:, -1]
+            token_ids = beam_search(next_logits, start, self.eos_id, num_beams)[0][:, -1]
         return self._finish(prompt, token_ids[:, : length - 1])
 
     def _finish(self, prompt: Prompt, token_ids: Tensor) -> Generation:
