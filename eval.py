@@ -28,8 +28,7 @@ from pixelllm.devices import choose_device
 from pixelllm.evaluation import narrations as trace
 from pixelllm.evaluation import objects
 from pixelllm.evaluation.meteor import score_meteor, unavailable_reason
-from pixelllm.evaluation.narrations import Narration
-from pixelllm.evaluation.predictions import narrative_line
+from pixelllm.evaluation.narrations import Narration, narrative_line
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import REPORT_FILE, Table
 from pixelllm.training.captioning import BASELINE_FILE
@@ -67,27 +66,20 @@ class Options:
 def evaluate(options: Options) -> None:
     model = PixelLLM.from_pretrained(options.run).to(choose_device(options.device))
     table = Table(options.data)
-    found = list(
-        trace.predict_narrations(
-            model,
-            table,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            num_beams=options.beams,
-        )
-    )
+    limits = {"limit": options.limit, "batch_size": options.batch_size}
+    found = list(trace.predict_narrations(model, table, num_beams=options.beams, **limits))
     captions = training_captions(options.run, found)
     metrics = trace.score_narrations(found) | meteor(found)
     baselines = trace.score_baselines(found, captions)
     truth_file = options.truth or find_truth(table)
     if truth_file is not None:
-        known = objects.load_truth(truth_file)
-        metrics |= object_scores(found, known)
-        metrics |= {
-            f"held_out_{name}": score
-            for name, score in object_scores(held_out(found, known), known).items()
-        }
-        baselines |= object_baselines(found, known, captions)
+        truths = truths_of(found, objects.load_truth(truth_file))
+        metrics |= object_scores(found, truths)
+        unseen = [pair for pair in zip(found, truths, strict=True) if pair[1].is_held_out]
+        if unseen:
+            scores = object_scores(*zip(*unseen, strict=True))
+            metrics |= {f"held_out_{name}": score for name, score in scores.items()}
+        baselines |= object_baselines(found, truths, captions)
     out = options.out or options.run / "eval"
     out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(narrative_line(narration)) + "\n" for narration in found)
@@ -143,24 +135,15 @@ def truths_of(
     return [known[name] for name in names]
 
 
-def held_out(found: list[Narration], known: dict[str, objects.ObjectTruth]) -> list[Narration]:
-    truths = truths_of(found, known)
-    return [n for n, truth in zip(found, truths, strict=True) if truth.is_held_out]
-
-
-def object_scores(found: list[Narration], known: dict[str, objects.ObjectTruth]) -> Scores:
-    if not found:
-        return {}
-    truths = truths_of(found, known)
+def object_scores(found: Sequence[Narration], truths: Sequence[objects.ObjectTruth]) -> Scores:
     forced = objects.score_forced(found, truths, [n.word_boxes for n in found])
     generated = [n.generated for n in found]
     return forced | objects.score_generated(generated, truths, object_mentions)
 
 
 def object_baselines(
-    found: list[Narration], known: dict[str, objects.ObjectTruth], captions: list[str]
+    found: list[Narration], truths: list[objects.ObjectTruth], captions: list[str]
 ) -> Scores:
-    truths = truths_of(found, known)
     middle = [np.full_like(n.word_boxes, 0.5) for n in found]
     drawn = trace.random_captions(len(found), captions)
     forced = objects.score_forced(found, truths, middle)

@@ -15,9 +15,8 @@ import data.localized_narratives as localized_narratives
 import eval as command
 from pixelllm.evaluation import narrations as trace
 from pixelllm.evaluation import objects
-from pixelllm.evaluation.narrations import Narration
+from pixelllm.evaluation.narrations import Narration, narrative_line
 from pixelllm.evaluation.objects import ObjectTruth
-from pixelllm.evaluation.predictions import narrative_line
 from pixelllm.generation import Caption, PlacedWord
 from pixelllm.records import Phrase, Piece, Record
 from pixelllm.tables import Table, write_table

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
@@ -25,15 +27,10 @@ def score_captions(
 ) -> dict[str, float]:
     """Corpus scores of raw captions.
 
-    Args:
-        hypotheses: one caption per image id; an empty one scores 0.
-        references: the same ids, each with at least one human caption.
+    An empty hypothesis scores 0; every image id needs at least one reference, else ValueError.
 
     Returns:
         `bleu_1` ... `bleu_4`, `rouge_l` in [0, 1] and `cider_d` in [0, 10], as fractions.
-
-    Raises:
-        ValueError: ids on one side only, no ids, or an id without references.
     """
     check_ids(hypotheses, references)
     candidates, truths = tokenize_pairs(hypotheses, references)
@@ -75,7 +72,7 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         reference_length += min((abs(len(truth) - length), len(truth)) for truth in truths)[1]
         truth_counts = [_ngrams(truth) for truth in truths]
         for n, counts in enumerate(_ngrams(candidate)):
-            allowed = counts & _union(truth[n] for truth in truth_counts)
+            allowed = counts & reduce(or_, [truth[n] for truth in truth_counts])
             correct[n] += allowed.total()
             total[n] += counts.total()
     precisions = (correct + _CORRECT_GUARD) / (total + _TOTAL_GUARD)
@@ -91,10 +88,10 @@ def rouge_l(candidate: Tokens, references: Sequence[Tokens], beta: float = 1.2) 
     counts as one empty word, which only an empty reference contains.
     """
     candidate = candidate or [""]
-    lengths = [(_common_subsequence(candidate, truth or [""]), len(truth) or 1)
-               for truth in references]  # fmt: skip
-    precision = max(common for common, _ in lengths) / len(candidate)
-    recall = max(common / length for common, length in lengths)
+    truths = [truth or [""] for truth in references]
+    common = [_common_subsequence(candidate, truth) for truth in truths]
+    precision = max(common) / len(candidate)
+    recall = max(c / len(truth) for c, truth in zip(common, truths, strict=True))
     if precision == 0 or recall == 0:
         return 0.0
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
@@ -154,13 +151,6 @@ def _ngrams(tokens: Tokens) -> _NGrams:
         Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
         for n in range(1, MAX_ORDER + 1)
     ]
-
-
-def _union(counters: Iterable[Counter]) -> Counter:
-    largest = Counter()
-    for counter in counters:
-        largest |= counter
-    return largest
 
 
 def _common_subsequence(first: Tokens, second: Tokens) -> int:

@@ -53,10 +53,10 @@ def trace_distance(predicted: ArrayLike, target: ArrayLike, window: int = 0) -> 
         Fraction of the image side; NaN where either trace has no row left, to be skipped by a
         mean (`numpy.nanmean`), as the original skips it.
     """
-    predicted = _boxes(predicted, "predicted", (4,))
+    predicted = _boxes(predicted, "predicted")
     if not np.isfinite(predicted).all():
         raise ValueError("predicted: a box is NaN or infinite; every predicted word needs a box")
-    target = _placed(_boxes(target, "target", (4, 5)))
+    target = _placed(_boxes(target, "target", 5))
     if not len(predicted) or not len(target):
         return float("nan")
     shorter, longer = sorted((predicted, target), key=len)  # stable: predicted first when equal
@@ -84,12 +84,12 @@ def trace_distance_given_caption(predicted: ArrayLike, target: ArrayLike, window
     return trace_distance(predicted, target, window)
 
 
-def _boxes(rows: ArrayLike, name: str, widths: tuple[int, ...]) -> np.ndarray:
+def _boxes(rows: ArrayLike, name: str, max_width: int = 4) -> np.ndarray:
     boxes = np.asarray(rows, np.float64)
     if boxes.size == 0:
-        return np.zeros((0, widths[0]))
-    if boxes.ndim != 2 or boxes.shape[1] not in widths:
-        raise ValueError(f"{name} of shape {boxes.shape}: expected (rows, {widths[0]})")
+        return np.zeros((0, 4))
+    if boxes.ndim != 2 or not 4 <= boxes.shape[1] <= max_width:
+        raise ValueError(f"{name} of shape {boxes.shape}: expected (rows, 4)")
     return boxes
 
 

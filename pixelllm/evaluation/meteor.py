@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pixelllm.evaluation.captions import check_ids, tokenize_pairs
 
-_JAR = "meteor-1.5.jar"
+_HEAP = "2G"  # memory of the Java program
 
 
 class MeteorUnavailable(RuntimeError):
@@ -29,18 +29,13 @@ class MeteorUnavailable(RuntimeError):
 class Meteor:
     """A running METEOR program; use as a context manager, it ends with the block.
 
-    Args:
-        timeout: seconds to wait for one answer. The first includes reading the paraphrase table.
-        heap: memory of the Java program, as its `-Xmx`.
-
-    Raises:
-        MeteorUnavailable: on entering where Java or the package is absent; in `scores` where the
-            program stops or does not answer in time.
+    Raises MeteorUnavailable on entering where Java or the package is absent; in `scores` where
+    the program stops or needs more than `timeout` seconds for one answer (the first includes
+    reading the paraphrase table).
     """
 
-    def __init__(self, timeout: float = 120.0, heap: str = "2G"):
+    def __init__(self, timeout: float = 120.0):
         self.timeout = timeout
-        self.heap = heap
 
     def __enter__(self) -> Meteor:
         jar = _find_jar()
@@ -48,7 +43,7 @@ class Meteor:
         try:
             self._process = subprocess.Popen(
                 [
-                    *("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", f"-Xmx{self.heap}"),
+                    *("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", f"-Xmx{_HEAP}"),
                     *("-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"),
                 ],
                 cwd=jar.parent,  # where the program looks for its paraphrase table
@@ -78,12 +73,7 @@ class Meteor:
     ) -> tuple[float, list[float]]:
         """Corpus METEOR, of the pooled statistics, and METEOR of every caption, in [0, 1].
 
-        Args:
-            hypotheses: one caption per item; "" scores 0.
-            references: at least one caption per item, in the same order.
-
-        Raises:
-            ValueError: no items, other lengths, or an item without references.
+        Every caption needs at least one reference (else ValueError); an empty one scores 0.
         """
         if not hypotheses or len(hypotheses) != len(references):
             raise ValueError(
@@ -115,9 +105,8 @@ class Meteor:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._unread:
                 if not selector.select(self.timeout):
-                    raise MeteorUnavailable(
-                        self._diagnosis(f"did not answer in {self.timeout:g} s")
-                    )
+                    reason = f"did not answer in {self.timeout:g} s"
+                    raise MeteorUnavailable(self._diagnosis(reason))
                 chunk = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     raise MeteorUnavailable(self._diagnosis("stopped"))
@@ -128,7 +117,7 @@ class Meteor:
     def _diagnosis(self, what: str) -> str:
         # pread: the program shares the file's position, and may still be writing.
         said = os.pread(self._errors.fileno(), 1 << 16, 0).decode(errors="replace").strip()[-500:]
-        return f"the METEOR program {what}; it needs {self.heap} of memory. It said: {said or '-'}"
+        return f"the METEOR program {what}; it needs {_HEAP} of memory. It said: {said or '-'}"
 
 
 def score_meteor(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
@@ -153,16 +142,12 @@ def unavailable_reason() -> str | None:
 
 def _find_jar() -> Path:
     if shutil.which("java") is None:
-        raise MeteorUnavailable(
-            "METEOR needs Java: no `java` on the PATH; install a Java 8+ runtime"
-        )
+        raise MeteorUnavailable("METEOR needs Java 8+, but no `java` is on the PATH")
     spec = importlib.util.find_spec("pycocoevalcap")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise MeteorUnavailable(
-            "METEOR needs the package pycocoevalcap: pip install 'pixelllm[meteor]'"
-        )
-    jar = Path(folders[0]) / "meteor" / _JAR
+        raise MeteorUnavailable("METEOR needs pycocoevalcap: pip install 'pixelllm[meteor]'")
+    jar = Path(folders[0]) / "meteor" / "meteor-1.5.jar"
     if not jar.exists():
         raise MeteorUnavailable(f"{jar} is missing: reinstall pycocoevalcap")
     return jar

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pixelllm.tables import Table
 from pixelllm.tokenizer import words_of_tokens
 
 TASK = "narration"
+SECONDS_PER_WORD = 0.4  # a usual speaking rate
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,7 @@ class Narration:
 
 
 def chosen_narrations(table: Table, limit: int | None) -> list[tuple[int, Phrase]]:
-    """Record positions and narrations of the table, in order.
-
-    Raises ValueError where there is none.
-    """
+    """Record positions and narrations of the table, in order; ValueError without any."""
     found = [
         (int(index), phrase)
         for index in records_with_task(table, TASK)
@@ -78,8 +77,7 @@ def predict_narrations(
 ) -> Iterator[Narration]:
     """Every narration of the table (at most `limit`), with a progress bar."""
     chosen = chosen_narrations(table, limit)
-    config = model.config
-    device = next(model.parameters()).device
+    config, device = model.config, next(model.parameters()).device
     limits = TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
     context = model.processor().config.context
     for start in tqdm(range(0, len(chosen), batch_size), desc="narrations", unit="batch"):
@@ -87,13 +85,9 @@ def predict_narrations(
             Prompted(table[index], (phrase,), (context,))
             for index, phrase in chosen[start : start + batch_size]
         ]
+        frame = config.model.frame
         batch = assemble(
-            prompted,
-            model.tokenizer,
-            limits,
-            frame=config.model.frame,
-            source=Source(TASK),
-            cache=None,
+            prompted, model.tokenizer, limits, frame=frame, source=Source(TASK), cache=None
         ).to(device)
         maps = model.encode(batch.images, batch.sizes, {})
         prefix = model.prefix(maps, batch.sizes, batch.boxes).flatten(0, 1)
@@ -106,31 +100,18 @@ def predict_narrations(
         )
         for row, item in enumerate(prompted):
             ids = batch.text.token_ids[row].tolist()
-            yield _narration(model, item, ids, points[row], targets[row], captions[row])
-
-
-def _narration(
-    model: PixelLLM,
-    item: Prompted,
-    ids: list[int],
-    points: np.ndarray,
-    targets: np.ndarray,
-    generated: Caption,
-) -> Narration:
-    words = words_of_tokens(model.tokenizer, ids)
-    pointing = [pointing_token(word, ids, model.tokenizer) for word in words]
-    corners = points[pointing]  # (W, 2, 2)
-    boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)
-    phrase = item.phrases[0]
-    return Narration(
-        record=item.record,
-        phrase=phrase,
-        token_points=points,
-        token_targets=targets,
-        word_boxes=boxes,
-        target_boxes=targets[pointing].reshape(-1, 4),
-        generated=generated,
-    )
+            words = words_of_tokens(model.tokenizer, ids)
+            pointing = [pointing_token(word, ids, model.tokenizer) for word in words]
+            corners = points[row][pointing]  # (W, 2, 2)
+            yield Narration(
+                item.record,
+                item.phrases[0],
+                token_points=points[row],
+                token_targets=targets[row],
+                word_boxes=np.concatenate([corners.min(1), corners.max(1)], axis=1),
+                target_boxes=targets[row][pointing].reshape(-1, 4),
+                generated=captions[row],
+            )
 
 
 def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
@@ -140,7 +121,8 @@ def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
         "point_l1": point_l1([(n.token_points, n.token_targets) for n in narrations]),
         **lbm_scores([(n.word_boxes, n.target_boxes) for n in narrations]),
         "lbm_generated_k0": mean_of_known(
-            trace_distance(boxes_of(n.generated), n.target_boxes) for n in narrations
+            trace_distance([word.box for word in n.generated.words], n.target_boxes)
+            for n in narrations
         ),
         **score_captions({n.phrase.id: n.generated.text for n in narrations}, references),
     }
@@ -189,6 +171,34 @@ def random_captions(count: int, captions: Sequence[str]) -> list[str]:
     return [captions[i] for i in rng.integers(len(captions), size=count)]
 
 
-def boxes_of(caption: Caption) -> np.ndarray:
-    """float32[W, 4] of the generated words."""
-    return np.array([word.box for word in caption.words], np.float32).reshape(-1, 4)
+def narrative_line(narration: Narration) -> dict[str, Any]:
+    """A generated narration in the published field layout, with the words' boxes added.
+
+    Every word lasts 0.4 s, as the model predicts no times, and the trace passes its point in the
+    middle of that time.
+    """
+    dataset_id, _, image_id = narration.record.id.rpartition("/")
+    caption = narration.generated
+
+    def time(words: float) -> float:
+        return round(words * SECONDS_PER_WORD, 3)
+
+    return {
+        "dataset_id": dataset_id,
+        "image_id": image_id,
+        "annotator_id": 0,
+        "caption": caption.text,
+        "timed_caption": [
+            {"utterance": word.text, "start_time": time(i), "end_time": time(i + 1)}
+            for i, word in enumerate(caption.words)
+        ],
+        "traces": [
+            [
+                {"x": word.point[0], "y": word.point[1], "t": time(i + 0.5)}
+                for i, word in enumerate(caption.words)
+            ]
+        ],
+        "voice_recording": "",
+        "word_boxes": [list(word.box) for word in caption.words],
+        "log_prob": caption.log_prob,
+    }

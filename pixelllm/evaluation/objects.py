@@ -22,20 +22,13 @@ Mentions = Callable[[str], list[tuple[int, int, str, str]]]  # start, end, colou
 
 @dataclass(frozen=True)
 class ObjectTruth:
-    """What an image shows.
+    """What an image shows; coordinates in [0, 1] of it."""
 
-    Args:
-        names: (colour, kind) of the objects.
-        boxes: float[O, 4]; centers: float[O, 2]; in [0, 1] of the image.
-        mentions: (start, end, object) of the reference narration's characters.
-        is_held_out: the image has an object whose colour and kind never met in training.
-    """
-
-    names: list[tuple[str, str]]
-    boxes: np.ndarray
-    centers: np.ndarray
-    mentions: list[tuple[int, int, int]]
-    is_held_out: bool
+    names: list[tuple[str, str]]  # colour, kind
+    boxes: np.ndarray  # float[O, 4]
+    centers: np.ndarray  # float[O, 2]
+    mentions: list[tuple[int, int, int]]  # start, end (characters of the reference), object
+    is_held_out: bool  # has an object whose colour and kind never met in training
 
 
 def load_truth(path: Path) -> dict[str, ObjectTruth]:

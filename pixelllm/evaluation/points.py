@@ -19,16 +19,14 @@ def trace_l1(points: ArrayLike, targets: ArrayLike, valid: ArrayLike) -> float:
     |dy|; then the mean over the token's points, then over tokens.
 
     Args:
-        points: float[..., T, P, 2] or float[..., T, 2], (x, y) in [0, 1] of the image.
+        points: float[..., T, P, 2] or float[..., T, 2], (x, y) in [0, 1] of the image; finite at
+            tokens that count.
         targets: float[..., T, G, 2] in the same units. A token whose targets are NaN or nowhere
             above zero points nowhere and does not count.
         valid: bool[..., T], False on padding and on tokens to leave out.
 
     Returns:
         Fraction of the image side; 0.0 where no token counts, as in the official evaluator.
-
-    Raises:
-        ValueError: shapes that do not fit, or a non-finite prediction at a token that counts.
     """
     points, targets = np.asarray(points, np.float64), np.asarray(targets, np.float64)
     valid = np.asarray(valid, bool)
