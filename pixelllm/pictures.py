@@ -28,6 +28,9 @@ PHOTO_COLORS = 200  # of a GIF's 256; the rest are for the trail and the text
 STOP = 0.05  # points closer than this share of the image are one numbered stop
 
 
+Color = tuple[int, int, int]  # RGB
+
+
 class Knot(NamedTuple):
     """A word's point on a picture: place in the sentence, and pixels."""
 
@@ -47,9 +50,7 @@ def check_caption(caption: dict[str, Any]) -> None:
             raise ValueError(f"{name}: word {number} needs text, point and box; found {word}")
         for key, length in (("point", 2), ("box", 4)):
             place = word[key]
-            if place is None:
-                continue
-            if len(place) != length or not all(math.isfinite(value) for value in place):
+            if place is not None and (len(place) != length or not all(map(math.isfinite, place))):
                 raise ValueError(
                     f"{name}: word {number} ({word['text']!r}) has {key} {place}; "
                     f"expected {length} finite numbers in [0, 1] of the image, or null"
@@ -59,24 +60,24 @@ def check_caption(caption: dict[str, Any]) -> None:
 def open_picture(caption: dict[str, Any]) -> Image.Image:
     """The caption's image, upright and RGB; raises ValueError where its size is not `size_hw`."""
     image = open_image(caption["image"])
-    if [image.height, image.width] != list(caption["size_hw"]):
+    stated, found = list(caption["size_hw"]), [image.height, image.width]
+    if stated != found:
         raise ValueError(
-            f"{caption['image']}: size_hw says {list(caption['size_hw'])}, the image opens as "
-            f"{[image.height, image.width]}; was it changed, or captioned without its rotation?"
+            f"{caption['image']}: size_hw says {stated}, the image opens as {found}; "
+            "was it changed, or captioned without its rotation?"
         )
     return image
 
 
-def trail_color(position: float) -> tuple[int, int, int]:
+def trail_color(position: float) -> Color:
     """RGB of a moment of the sentence, from 0 (first word) to 1 (last word)."""
     scaled = min(max(position, 0.0), 1.0) * (len(TRAIL) - 1)
     first = min(int(scaled), len(TRAIL) - 2)
     pair = [bytes.fromhex(stop[1:]) for stop in TRAIL[first : first + 2]]
-    red, green, blue = (round(a + (b - a) * (scaled - first)) for a, b in zip(*pair, strict=True))
-    return red, green, blue
+    return tuple(round(a + (b - a) * (scaled - first)) for a, b in zip(*pair, strict=True))
 
 
-def word_color(index: int, count: int) -> tuple[int, int, int]:
+def word_color(index: int, count: int) -> Color:
     return trail_color(index / max(count - 1, 1))
 
 
@@ -144,15 +145,10 @@ def _tangent(trail: Sequence[Knot], index: int) -> tuple[float, float]:
 
 
 def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
-    """A smooth (cubic Hermite) line from one knot to the next, through both."""
+    """A smooth (cubic Hermite) line from one knot to the next."""
+    ends, tangents = trail[segment : segment + 2], (segment, segment + 1)
     axes = list(
-        zip(
-            trail[segment][1:],
-            trail[segment + 1][1:],
-            _tangent(trail, segment),
-            _tangent(trail, segment + 1),
-            strict=True,
-        )
+        zip(*(knot[1:] for knot in ends), *(_tangent(trail, i) for i in tangents), strict=True)
     )
 
     def at(u: float, b: float, c: float, m: float, n: float) -> float:
@@ -169,11 +165,10 @@ def still(caption: dict[str, Any], longest: int = 1024) -> Image.Image:
     """
     check_caption(caption)
     photo = fit(open_picture(caption), longest)
-    words = caption["words"]
-    stops = _stops(words)
+    words, stops = caption["words"], _stops(caption["words"])
     trail = knots(words, *photo.size)
     _draw_trail(photo, trail, len(words), until=len(words))
-    _draw_stops(photo, [knot for knot in trail if knot.word in stops], stops, len(words))
+    _draw_stops(photo, trail, stops, len(words))
     return _mount(photo, _panel(caption, photo.width, stops))
 
 
@@ -200,10 +195,9 @@ def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> 
         frame.paste(dithered, mask=drawn.point([255] + [0] * 255))
         frames.append(frame)
         durations.append(round(seconds * 100) * 10)  # GIF counts hundredths of a second
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
     with written_whole(path) as beside:
-        frames[0].save(
-            beside, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
-        )
+        frames[0].save(beside, "GIF", **options)
 
 
 def _moments(words: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int | None, float]]:
@@ -221,8 +215,7 @@ def _frame(
     caption: dict[str, Any], photo: Image.Image, until: float, active: int | None
 ) -> Image.Image:
     words, picture = caption["words"], photo.copy()
-    trail = knots(words, *photo.size)
-    _draw_trail(picture, trail, len(words), until)
+    _draw_trail(picture, knots(words, *photo.size), len(words), until)
     if active is not None and until >= active + 0.5:
         _draw_word(picture, words[active], word_color(active, len(words)))
     return _mount(picture, _panel(caption, photo.width, said=until, active=active))
@@ -263,9 +256,7 @@ def _draw_trail(photo: Image.Image, trail: Sequence[Knot], count: int, until: fl
     photo.paste(overlay, mask=overlay)
 
 
-def _draw_dot(
-    photo: Image.Image, x: float, y: float, radius: float, color: tuple[int, int, int]
-) -> None:
+def _draw_dot(photo: Image.Image, x: float, y: float, radius: float, color: Color) -> None:
     """A filled circle with a white ring, smooth-edged."""
     size = math.ceil(radius) * 2 + 6
     left, top = math.floor(x - size / 2), math.floor(y - size / 2)
@@ -284,18 +275,17 @@ def _draw_stops(
     radius = max(9.0, max(photo.size) / 78)
     font = ImageFont.load_default(radius * 1.2)
     for word, x, y in reversed(trail):  # the first stops lie on top
-        _draw_dot(photo, x, y, radius, word_color(word, count))
-        label = str(stops[word])
-        ImageDraw.Draw(photo).text((x, y), label, fill=INK, font=font, anchor="mm")
+        if word in stops:
+            _draw_dot(photo, x, y, radius, word_color(word, count))
+            label = str(stops[word])
+            ImageDraw.Draw(photo).text((x, y), label, fill=INK, font=font, anchor="mm")
 
 
-def _draw_word(photo: Image.Image, word: dict[str, Any], color: tuple[int, int, int]) -> None:
+def _draw_word(photo: Image.Image, word: dict[str, Any], color: Color) -> None:
     """The box and the point of the word being spoken."""
     if word["box"] is not None:
-        scale = (*photo.size, *photo.size)
-        x0, y0, x1, y1 = (
-            min(max(v, 0), 1) * (s - 1) for v, s in zip(word["box"], scale, strict=True)
-        )
+        pairs = zip(word["box"], photo.size * 2, strict=True)
+        x0, y0, x1, y1 = (min(max(value, 0), 1) * (side - 1) for value, side in pairs)
         if x1 >= x0 and y1 >= y0:
             draw = ImageDraw.Draw(photo)
             draw.rounded_rectangle((x0, y0, x1, y1), 6, outline="white", width=4)
@@ -344,7 +334,7 @@ def _panel(
 
 
 def _mount(photo: Image.Image, panel: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", (photo.width, photo.height + panel.height), PAPER)
+    sheet = Image.new("RGB", (photo.width, photo.height + panel.height))
     sheet.paste(photo)
     sheet.paste(panel, (0, photo.height))
     return sheet

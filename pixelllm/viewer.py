@@ -38,14 +38,10 @@ def write_html(
 ) -> None:
     """Write captions as one page: a gallery, or the player alone where there is one caption.
 
-    Args:
-        captions: dictionaries as described in `pixelllm.pictures`. Further keys, all optional:
-            `title` (a line over the caption), `prompt_box` (xyxy, the region that was asked
-            about), `reference` (a Localized Narratives record: its `caption` and `traces`).
-        path: the file; it appears when it is complete.
-        title: heading of the page.
-
-    Raises ValueError naming the image where a caption breaks the contract.
+    Captions are as described in `pixelllm.pictures`. Further keys, all optional: `title` (a line
+    over the caption), `prompt_box` (xyxy, the region that was asked about), `reference` (a
+    Localized Narratives record: its `caption` and `traces`). Raises ValueError naming the image
+    where a caption breaks the contract; the file appears when it is complete.
     """
     if not captions:
         raise ValueError(f"{path}: there is no caption to show")
@@ -83,6 +79,7 @@ def _entry(caption: dict[str, Any]) -> dict[str, Any]:
     gaps, tail = text_between(caption)
     times = word_times(caption["words"])
     source = caption["image"]
+    parts = zip(caption["words"], gaps, times, strict=True)
     words = [
         {
             "text": word["text"],
@@ -94,9 +91,7 @@ def _entry(caption: dict[str, Any]) -> dict[str, Any]:
             "end": round(end, 3),
             "color": word_color(index, len(times)),
         }
-        for index, (word, gap, (start, end)) in enumerate(
-            zip(caption["words"], gaps, times, strict=True)
-        )
+        for index, (word, gap, (start, end)) in enumerate(parts)
     ]
     return {
         "name": Path(source).name if isinstance(source, str | Path) else "",

@@ -15,19 +15,9 @@ from torch import Tensor, nn
 MAX_NAMED = 8  # keys that an error lists of each kind
 # What torch's restricted unpickler and both readers raise on files that are something else.
 UNREADABLE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    struct.error,
-    AssertionError,
-    zipfile.BadZipFile,
-)
+    SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError,
+    OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 def load_sam_checkpoint(
@@ -38,15 +28,7 @@ def load_sam_checkpoint(
 ) -> None:
     """Official `sam_vit_{b,l,h}` weights, or any file of their key layout.
 
-    Args:
-        path: .pth or .safetensors with `image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`.
-        encoder: a `SamEncoder` of the checkpoint's sizes.
-        prompt_encoder: its `PromptEncoder`.
-        mask_decoder: its `MaskDecoder`; None leaves those weights out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a weight file, or keys are missing, extra or misshapen; lists them.
+    Without a mask decoder its weights are left out. Raises as `read_weights` and `load_exactly`.
     """
     state = read_weights(path)
     modules = {"image_encoder": encoder, "prompt_encoder": prompt_encoder}
@@ -90,23 +72,19 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str) -> No
         ValueError: keys are missing, extra or misshapen; the module is then unchanged.
     """
     expected = module.state_dict()
-    misshapen = [
-        f"{key} (is {tuple(state[key].shape)}, should be {tuple(value.shape)})"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
     faults = {
         "missing": [key for key in expected if key not in state],
         "extra": [key for key in state if key not in expected],
-        "misshapen": misshapen,
+        "misshapen": [
+            f"{key} (is {tuple(state[key].shape)}, should be {tuple(value.shape)})"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ],
     }
-    lines = [f"  {len(keys)} {kind}: {_first(keys)}" for kind, keys in faults.items() if keys]
+    lines = [f"\n  {len(keys)} {kind}: {_first(keys)}" for kind, keys in faults.items() if keys]
     if lines:
-        raise ValueError(
-            "\n".join(
-                [f"{source}: these weights do not fit the model of this configuration", *lines]
-            )
-        )
+        head = f"{source}: these weights do not fit the model of this configuration"
+        raise ValueError(head + "".join(lines))
     module.load_state_dict(state)
 
 
