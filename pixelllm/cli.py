@@ -90,11 +90,20 @@ def caption(command: CaptionCommand) -> None:
     for path in command.images:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image")
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size {command.batch_size}: expected 1 or more")
+    for file in (command.html, command.gif, command.png):
+        if file is not None and file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; name the file to write")
     model = PixelLLM.from_pretrained(command.model).to(choose_device(command.device))
     results = []
     for result in caption_images(model, command):
         results.append(result)
         print(json.dumps(result) if command.json else as_text(result), flush=True)
+    for file in (command.gif, command.png):
+        if file and len(results) > 1:
+            first = f"{file} shows the first of {len(results)} captions"
+            print(f"{first}; --html FILE shows all", file=sys.stderr)
     if command.html:
         write_html(results, command.html)
     if command.gif:
@@ -112,10 +121,7 @@ def caption_images(model: PixelLLM, command: CaptionCommand) -> Iterator[dict[st
         images = [open_image(path) for path in paths]
         sizes = [(image.height, image.width) for image in images]
         boxes = [boxes_for(command, *item) for item in zip(paths, sizes, strict=True)]
-        contexts = None
-        if command.context is not None:
-            contexts = [command.context] * (len(paths) * max(1, len(command.box)))
-        inputs = processor(images, boxes if command.box else None, contexts)
+        inputs = processor(images, boxes if command.box else None, command.context)
         captions = iter(
             model.generate(**inputs.to(next(model.parameters()).device), num_beams=command.beams)
         )
@@ -170,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.cli(commands, prog="pixelllm", description=__doc__, args=arguments)
     try:
         caption(command) if isinstance(command, CaptionCommand) else info(command)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

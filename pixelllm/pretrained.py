@@ -111,6 +111,9 @@ class PixelLLM(PixelLLMNetwork):
 
         Returns:
             One caption per row, prompts of an image adjacent.
+
+        Raises:
+            ValueError: `num_beams` or `max_new_tokens` is below one.
         """
         prefix = self.prefix(self.encode(images, sizes, {}), sizes, boxes)
         return self.captions_from_prefix(
@@ -134,6 +137,8 @@ class PixelLLM(PixelLLMNetwork):
         **search: int | float | bool,
     ) -> list[Caption]:
         """`generate` from visual tokens float[R, N, D], where a caller has them already."""
+        if search.get("num_beams", 1) < 1:
+            raise ValueError(f"num_beams {search['num_beams']}: expected 1 (greedy) or more")
         decode = self.language.generate_official if official_rules else self.language.generate
         found = decode(
             prefix,

@@ -48,7 +48,7 @@ class Processor:
         self,
         images: Sequence[str | Path | bytes | Image] | str | Path | bytes | Image,
         boxes: Sequence[Box | Sequence[Box] | None] | None = None,
-        contexts: Sequence[str] | None = None,
+        contexts: Sequence[str] | str | None = None,
     ) -> BatchFeature:
         """Prepare B images with K prompts each; `**` the result into `model.generate`.
 
@@ -56,8 +56,8 @@ class Processor:
             images: paths, encoded bytes or Pillow images; one alone counts as a list of one.
             boxes: per image a box, several boxes (the same number everywhere) or None for the
                 whole image; xyxy in [0, 1] of the original image.
-            contexts: text given to the model, one per row (image-major); None takes the
-                recipe's own.
+            contexts: text given to the model, one per row (image-major) or one for all; None
+                takes the recipe's own.
 
         Returns:
             images uint8[B, 3, S, S], sizes int64[B, 2], boxes float32[B, K, 4], context_ids
@@ -76,6 +76,8 @@ class Processor:
             given = boxes if boxes is not None else [None] * len(images)
             own = [self.config.context if b is None else self.config.region_context for b in given]
             contexts = [text for text in own for _ in range(prompts.shape[1])]
+        elif isinstance(contexts, str):
+            contexts = [contexts] * (prompts.shape[0] * prompts.shape[1])
         if len(contexts) != prompts.shape[0] * prompts.shape[1]:
             raise ValueError(
                 f"{len(contexts)} contexts for {prompts.shape[0]} images with "
