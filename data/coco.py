@@ -48,10 +48,8 @@ def load_annotations(files: list[Path]) -> Annotations:
     for image_id, found in by_image.items():
         if image_id not in images:
             file_name, annotation = found[0]
-            raise ValueError(
-                f"{file_name}: annotation {annotation['id']} is of image {image_id}, "
-                "which no file describes"
-            )
+            name = f"{file_name}: annotation {annotation['id']}"
+            raise ValueError(f"{name} is of image {image_id}, which no file describes")
     return Annotations(images, by_image, categories)
 
 
@@ -85,14 +83,12 @@ def read_records(
     for image_id, entry in annotations.images.items():
         report["images"] += 1
         path = folder / entry["file_name"]
-        if not path.is_file() and skip_missing:
-            _count(report, "missing image")
-            continue
         if not path.is_file():
-            raise FileNotFoundError(
-                f"image {image_id}: no file {path}. Check --images, or drop such images with "
-                "--skip-missing"
-            )
+            if skip_missing:
+                _count(report, "missing image")
+                continue
+            remedy = "check --images, or drop such images with --skip-missing"
+            raise FileNotFoundError(f"image {image_id}: no file {path}; {remedy}")
         size = _checked_size(entry, path)
         found = [
             _phrase(annotation, file, size, annotations.categories, report)
@@ -115,10 +111,8 @@ def _checked_size(entry: dict[str, Any], path: Path) -> tuple[int, int]:
     size = image_size(path)
     stated = (entry.get("height", size[0]), entry.get("width", size[1]))
     if stated != size:
-        raise ValueError(
-            f"image {entry['id']}: {path} has (H, W) {size}, but the annotations say {stated}; "
-            "was it resized?"
-        )
+        sizes = f"(H, W) {size}, but the annotations say {stated}"
+        raise ValueError(f"image {entry['id']}: {path} has {sizes}; was it resized?")
     return size
 
 

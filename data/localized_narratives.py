@@ -66,9 +66,9 @@ def read_record(line: Line, options: Options) -> Record | str:
     names = f"{narrative['dataset_id']}/{narrative['image_id']}"
     tried = image_candidates(options.images, narrative["dataset_id"], narrative["image_id"])
     path = next((path for path in tried if path.is_file()), None)
-    if path is None and options.skip_missing:
-        return "missing image"
     if path is None:
+        if options.skip_missing:
+            return "missing image"
         raise FileNotFoundError(
             f"{line.place}: no image for {names}; tried {', '.join(map(str, tried))}. "
             "Check --images, or drop such narratives with --skip-missing"

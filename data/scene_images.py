@@ -41,9 +41,8 @@ def _arc(
 
 
 def _ring(x: float, y: float, outer: float, inner: float, start: float, end: float) -> np.ndarray:
-    return np.concatenate(
-        [_arc(x, y, outer, outer, start, end), _arc(x, y, inner, inner, end, start)]
-    )
+    outside, inside = _arc(x, y, outer, outer, start, end), _arc(x, y, inner, inner, end, start)
+    return np.concatenate([outside, inside])
 
 
 def _heart() -> np.ndarray:
@@ -68,9 +67,8 @@ def _canopy(radius: float, scallops: int) -> np.ndarray:
 
 def _petals(count: int, radius: float, petal: float) -> Shape:
     angles = np.radians(np.arange(count) * 360 / count - 90)
-    return tuple(
-        ("body", _arc(radius * np.cos(a), radius * np.sin(a), petal, petal)) for a in angles
-    )
+    centers = zip(radius * np.cos(angles), radius * np.sin(angles), strict=True)
+    return tuple(("body", _arc(*center, petal, petal)) for center in centers)
 
 
 # Tones: body, dark and light are shades of the object's colour; the others are the same for all.
@@ -122,8 +120,8 @@ SHAPES: dict[str, Shape] = {
     "key": (("body", _rectangle(-0.15, -0.13, 0.98, 0.13)),
         ("body", _rectangle(0.46, 0.08, 0.64, 0.46)), ("body", _rectangle(0.8, 0.08, 0.98, 0.4)),
         ("body", _ring(-0.5, 0, 0.5, 0.22, 0, 360))),
-    "moon": (
-        ("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310), _arc(0.42, 0, 0.8, 0.78, 282, 78)])),),
+    "moon": (("body", np.concatenate([_arc(0, 0, 1, 1, 50, 310),
+                                      _arc(0.42, 0, 0.8, 0.78, 282, 78)])),),
     "chair": (("dark", _rectangle(-0.42, 0.2, -0.24, 1)), ("dark", _rectangle(0.3, 0.2, 0.48, 1)),
         ("body", _polygon((-0.82, -1), (-0.56, -1), (-0.48, 1), (-0.74, 1))),
         ("body", _rectangle(-0.7, -0.04, 0.78, 0.28)), ("body", _rectangle(0.52, 0.2, 0.78, 1))),
@@ -250,9 +248,8 @@ def draw_background(rng: Generator, name: str, size: tuple[int, int]) -> np.ndar
     columns = (rng.integers(TILE) + np.arange(width)) % TILE
     crop = _texture(name)[rows].take(columns, axis=1).astype(np.float32)
     down, across = rng.uniform(-0.12, 0.12, size=2)
-    light = rng.uniform(0.92, 1.06) + (
-        down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
-    )
+    slope = down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
+    light = rng.uniform(0.92, 1.06) + slope
     crop *= light[..., None].astype(np.float32)
     crop *= rng.uniform(0.95, 1.05, size=3).astype(np.float32)
     return crop

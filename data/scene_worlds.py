@@ -65,13 +65,9 @@ class World:
         if len(self.image_size) not in (1, 2) or min(self.image_size) < 32:
             raise ValueError(f"image_size is one or two numbers from 32 on, not {self.image_size}")
         if not 1 <= few <= many:
-            raise ValueError(
-                f"objects are a smallest and a largest number from 1 on, not {few}, {many}"
-            )
+            raise ValueError(f"objects: a smallest and a largest number, not {few} and {many}")
         if not 0.05 <= self.min_size <= self.max_size <= 0.9:
-            raise ValueError(
-                f"sizes rise within [0.05, 0.9], not from {self.min_size} to {self.max_size}"
-            )
+            raise ValueError(f"sizes rise in [0.05, 0.9], not {self.min_size} to {self.max_size}")
         limits = {
             "max_overlap": (0, 1), "center_gap": (0, 1), "held_out": (0, 1),
             "rotation": (0, 180), "kinds": (1, len(KINDS)), "colours": (1, len(COLOURS)),
@@ -148,13 +144,11 @@ def plan_scene(rng: Generator, world: World, with_held_out: bool = False) -> Sce
     if with_held_out and world.held_out_pairs:
         unseen = world.held_out_pairs[rng.integers(len(world.held_out_pairs))]
         pairs[rng.integers(len(pairs))] = (*unseen, True)
-    objects = tuple(
-        SceneObject(
-            kind, colour, size, center, side, rng.uniform(-world.rotation, world.rotation), held_out
-        )
-        for (size, center, side), (colour, kind, held_out) in zip(squares, pairs, strict=True)
-    )
-    return Scene(world.size, str(rng.choice(list(BACKGROUNDS))), objects)
+    objects = []
+    for square, (colour, kind, held_out) in zip(squares, pairs, strict=True):
+        angle = rng.uniform(-world.rotation, world.rotation)
+        objects.append(SceneObject(kind, colour, *square, angle, held_out))
+    return Scene(world.size, str(rng.choice(list(BACKGROUNDS))), tuple(objects))
 
 
 def _place_squares(rng: Generator, world: World) -> list[Square]:
@@ -164,10 +158,9 @@ def _place_squares(rng: Generator, world: World) -> list[Square]:
         squares = _fitting_squares(rng, world, count)
         if len(squares) == count or (attempt >= 2 and len(squares) >= smallest):
             return squares
-    raise ValueError(
-        f"{smallest} objects of sizes {world.min_size} to {world.max_size} do not fit into an "
-        "image; ask for fewer or smaller ones, or a larger max_overlap"
-    )
+    sizes = f"{world.min_size} to {world.max_size}"
+    remedy = "ask for fewer or smaller ones, or a larger max_overlap"
+    raise ValueError(f"{smallest} objects of sizes {sizes} do not fit into an image; {remedy}")
 
 
 def _fitting_squares(rng: Generator, world: World, count: int) -> list[Square]:

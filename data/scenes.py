@@ -96,9 +96,8 @@ def make_example(options: Options, split: str, index: int) -> Example:
     boxes = np.stack([_box(mask) for mask in masks])
     voice = np.random.default_rng([*seeds, 1])  # its own, so that wording changes no picture
     narration = narrate(voice, scene, boxes, options.order, options.verbosity)
-    return Example(
-        FIRST_ID[split] + index, scene, image, masks, boxes, narration, int(voice.integers(100))
-    )
+    image_id, annotator = FIRST_ID[split] + index, int(voice.integers(100))
+    return Example(image_id, scene, image, masks, boxes, narration, annotator)
 
 
 def _drawn(
@@ -109,9 +108,7 @@ def _drawn(
         image, masks, visible = draw_scene(rng, scene)
         if visible.min() >= MIN_VISIBLE:
             return scene, image, masks
-    raise ValueError(
-        "objects hide each other in every scene; ask for fewer or a smaller max_overlap"
-    )
+    raise ValueError("objects hide each other; ask for fewer or a smaller max_overlap")
 
 
 def _box(mask: np.ndarray) -> np.ndarray:
@@ -255,10 +252,8 @@ def _is_complete(options: Options) -> bool:
     present, wanted = json.loads(file.read_text()), options.described()
     differing = [key for key in wanted if present.get(key) != wanted[key]]
     if differing:
-        raise FileExistsError(
-            f"{out} holds scenes of other options (not the same {', '.join(differing)}); "
-            "remove it or choose another folder"
-        )
+        found = f"scenes of other options (not the same {', '.join(differing)})"
+        raise FileExistsError(f"{out} holds {found}; remove it or choose another folder")
     return True
 
 
@@ -286,9 +281,8 @@ def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> N
 
 def main() -> None:
     try:
-        options = tyro.cli(
-            tyro.conf.OmitArgPrefixes[Options], prog="python -m data.scenes", description=__doc__
-        )
+        kind = tyro.conf.OmitArgPrefixes[Options]
+        options = tyro.cli(kind, prog="python -m data.scenes", description=__doc__)
         written = write_scenes(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

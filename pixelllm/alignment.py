@@ -135,9 +135,8 @@ def read_utterances(narrative: dict[str, Any]) -> tuple[list[str], Array]:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("an utterance is not a string")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"timed_caption: every entry needs utterance, start_time and end_time ({error!r})"
-        ) from error
+        fields = "utterance, start_time and end_time"
+        raise ValueError(f"timed_caption: every entry needs {fields} ({error!r})") from error
     if not np.isfinite(times).all():
         raise ValueError("timed_caption: a time is not a finite number")
     return texts, times

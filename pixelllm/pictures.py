@@ -71,7 +71,7 @@ def open_picture(caption: dict[str, Any]) -> Image.Image:
 
 def trail_color(position: float) -> Color:
     """RGB of a moment of the sentence, from 0 (first word) to 1 (last word)."""
-    scaled = min(max(position, 0.0), 1.0) * (len(TRAIL) - 1)
+    scaled = _clamp(position) * (len(TRAIL) - 1)
     first = min(int(scaled), len(TRAIL) - 2)
     pair = [bytes.fromhex(stop[1:]) for stop in TRAIL[first : first + 2]]
     return tuple(round(a + (b - a) * (scaled - first)) for a, b in zip(*pair, strict=True))
@@ -127,10 +127,12 @@ def fit(image: Image.Image, longest: int) -> Image.Image:
 
 def knots(words: Sequence[dict[str, Any]], width: float, height: float) -> list[Knot]:
     """Points of the words that have one, in pixels of a picture, held inside it."""
-    return [
-        Knot(i, min(max(x, 0.0), 1.0) * width, min(max(y, 0.0), 1.0) * height)
-        for i, (x, y) in ((i, w["point"]) for i, w in enumerate(words) if w["point"] is not None)
-    ]
+    placed = [(i, *word["point"]) for i, word in enumerate(words) if word["point"] is not None]
+    return [Knot(i, _clamp(x) * width, _clamp(y) * height) for i, x, y in placed]
+
+
+def _clamp(share: float) -> float:
+    return min(max(share, 0.0), 1.0)
 
 
 def _tangent(trail: Sequence[Knot], index: int) -> tuple[float, float]:
@@ -146,10 +148,9 @@ def _tangent(trail: Sequence[Knot], index: int) -> tuple[float, float]:
 
 def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
     """A smooth (cubic Hermite) line from one knot to the next."""
-    ends, tangents = trail[segment : segment + 2], (segment, segment + 1)
-    axes = list(
-        zip(*(knot[1:] for knot in ends), *(_tangent(trail, i) for i in tangents), strict=True)
-    )
+    ends = (segment, segment + 1)
+    points = [trail[i][1:] for i in ends] + [_tangent(trail, i) for i in ends]
+    axes = list(zip(*points, strict=True))  # x and y of both ends and tangents
 
     def at(u: float, b: float, c: float, m: float, n: float) -> float:
         return b + u * (m + u * (3 * (c - b) - 2 * m - n + u * (2 * (b - c) + m + n)))
@@ -240,7 +241,7 @@ def _draw_trail(photo: Image.Image, trail: Sequence[Knot], count: int, until: fl
     width = max(6, round(max(photo.size) / 110))
     lines = []
     for segment, (a, b) in enumerate(pairwise(trail)):
-        share = min(max((until - a.word - 0.5) / (b.word - a.word), 0.0), 1.0)
+        share = _clamp((until - a.word - 0.5) / (b.word - a.word))
         points = [(2 * x, 2 * y) for x, y in curve(trail, segment)]
         for k in range(round(share * SAMPLES)):
             moment = (a.word + (b.word - a.word) * (k + 0.5) / SAMPLES) / max(count - 1, 1)
@@ -285,7 +286,7 @@ def _draw_word(photo: Image.Image, word: dict[str, Any], color: Color) -> None:
     """The box and the point of the word being spoken."""
     if word["box"] is not None:
         pairs = zip(word["box"], photo.size * 2, strict=True)
-        x0, y0, x1, y1 = (min(max(value, 0), 1) * (side - 1) for value, side in pairs)
+        x0, y0, x1, y1 = (_clamp(value) * (side - 1) for value, side in pairs)
         if x1 >= x0 and y1 >= y0:
             draw = ImageDraw.Draw(photo)
             draw.rounded_rectangle((x0, y0, x1, y1), 6, outline="white", width=4)

@@ -106,12 +106,9 @@ def cider_d(
     whole corpus, and with a single image every weight and every score is 0.
     """
     truths = [[_ngrams(text) for text in texts] for texts in references]
-    frequency = Counter(
-        ngram
-        for texts in truths
-        for n in range(MAX_ORDER)
-        for ngram in set().union(*(text[n] for text in texts))
-    )
+    frequency = Counter()  # of the images, by n-gram
+    for texts in truths:
+        frequency.update(set().union(*(counts for text in texts for counts in text)))
     log_images = math.log(len(truths)) if truths else 0.0
 
     def weigh(ngrams: _NGrams) -> list[dict[tuple[str, ...], float]]:

@@ -77,10 +77,8 @@ def trace_distance_given_caption(predicted: ArrayLike, target: ArrayLike, window
     a place are removed from the target only, so its boxes may choose among predicted ones.
     """
     if len(predicted) != len(target):
-        raise ValueError(
-            f"{len(predicted)} predicted boxes for {len(target)} words; with a given caption "
-            "every word has one row in both traces"
-        )
+        counts = f"{len(predicted)} predicted boxes for {len(target)} words"
+        raise ValueError(f"{counts}; with a given caption every word has one row in both traces")
     return trace_distance(predicted, target, window)
 
 

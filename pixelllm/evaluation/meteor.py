@@ -76,10 +76,8 @@ class Meteor:
         Every caption needs at least one reference (else ValueError); an empty one scores 0.
         """
         if not hypotheses or len(hypotheses) != len(references):
-            raise ValueError(
-                f"{len(hypotheses)} hypotheses and {len(references)} lists of references: "
-                "expected as many of each, and one at least"
-            )
+            counts = f"{len(hypotheses)} hypotheses and {len(references)} lists of references"
+            raise ValueError(f"{counts}: expected as many of each, and one at least")
         lines = []
         for index, (caption, texts) in enumerate(zip(hypotheses, references, strict=True)):
             if isinstance(texts, str) or not texts:
@@ -125,10 +123,8 @@ def score_meteor(hypotheses: Mapping[str, str], references: Mapping[str, Sequenc
     check_ids(hypotheses, references)
     candidates, truths = tokenize_pairs(hypotheses, references)
     with Meteor() as meteor:
-        return meteor.scores(
-            [" ".join(tokens) for tokens in candidates],
-            [[" ".join(tokens) for tokens in texts] for texts in truths],
-        )[0]
+        joined = [[" ".join(tokens) for tokens in texts] for texts in truths]
+        return meteor.scores([" ".join(tokens) for tokens in candidates], joined)[0]
 
 
 def unavailable_reason() -> str | None:

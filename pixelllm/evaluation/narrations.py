@@ -92,12 +92,10 @@ def predict_narrations(
         maps = model.encode(batch.images, batch.sizes, {})
         prefix = model.prefix(maps, batch.sizes, batch.boxes).flatten(0, 1)
         points = model.point_head(model.language(prefix, *batch.text)).cpu().numpy()
-        captions = model.captions_from_prefix(
-            prefix, *batch.text[:2], max_new_tokens=max_new_tokens, num_beams=num_beams
-        )
-        targets = np.where(
-            batch.with_points.cpu().numpy()[..., None, None], batch.points.cpu().numpy(), np.nan
-        )
+        search = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        captions = model.captions_from_prefix(prefix, *batch.text[:2], **search)
+        is_placed = batch.with_points[..., None, None]
+        targets = batch.points.masked_fill(~is_placed, torch.nan).cpu().numpy()
         for row, item in enumerate(prompted):
             ids = batch.text.token_ids[row].tolist()
             words = words_of_tokens(model.tokenizer, ids)
@@ -159,11 +157,8 @@ def score_baselines(narrations: Sequence[Narration], captions: Sequence[str]) ->
     drawn = random_captions(len(narrations), captions)
     hypotheses = {n.phrase.id: text for n, text in zip(narrations, drawn, strict=True)}
     references = {n.phrase.id: [n.phrase.caption] for n in narrations}
-    return {
-        "point_l1": point_l1(centres),
-        **lbm_scores(middle),
-        **score_captions(hypotheses, references),
-    }
+    scores = {"point_l1": point_l1(centres), **lbm_scores(middle)}
+    return scores | score_captions(hypotheses, references)
 
 
 def random_captions(count: int, captions: Sequence[str]) -> list[str]:

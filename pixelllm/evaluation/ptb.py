@@ -53,7 +53,7 @@ def _next(text: str, place: int) -> tuple[int, list[str]]:
     if text[place].isspace():
         return 1, []
     best, normalise = None, _drop
-    for pattern, candidate in _rules():
+    for pattern, candidate in _patterns():
         match = pattern.match(text, place)
         if match and (best is None or match.end() > best.end()):
             best, normalise = match, candidate
@@ -130,6 +130,15 @@ _HYPHENATED = rf"{_ELISION}{_ALNUM}+(?:[-_\u058a‐‑]{_ELISION}{_ALNUM}+)*"
 _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])"
 _DOTTED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}+\.|[A-Za-z0-9\u00ad]+))+"
 _JOINED = r"(?-i:[A-Z]+(?:(?:&amp;|[+&])[A-Z]+)+)"  # AT&T
+_TAG = r"[A-Za-z][\w:.-]*"
+_VALUE = rf"""(?:'[^']*'|"[^"]*"|{_TAG})"""
+_PATH = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
+# Case matters in the host: its range from comma to underscore includes the capitals.
+_HOST = r"""(?:(?-i:[^\s"`'<>|.!?()$,-_{}]+)\.)+(?:com|net|org|edu)"""
+_DOMAIN = r"""[^\s"<>|(){}.]+"""
+_SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
+_AREA = r"(?:\(\d{2,3}\)[ \u00a0]?|\+{0,2}(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])"
+_EYE = r"[-^x=~<>']"
 
 
 class _Rule(NamedTuple):
@@ -138,92 +147,67 @@ class _Rule(NamedTuple):
     before: str = ""  # what must follow the token; part of the length that decides
 
 
+# In this order: of two matches of one length the first rule wins.
+_RULES = [
+    # Words and entities
+    _Rule(_split, "|".join(_CONTRACTIONS)),
+    _Rule(_keep, "'t", "is|was"),
+    _Rule(_keep, rf"<(?:[!?][A-Za-z-][^>]*|/{_TAG}|{_TAG}(?: +{_TAG}(?: *= *{_VALUE})?)* */?) *>"),
+    _Rule(_drop, r"&(?:MD|mdash|ndash);|[\x96\x97–—―]"),
+    _Rule(_unescape, r"&amp;|&lt;|&gt;|<<|>>"),
+    _Rule(_keep, r"&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#\d+);"),
+    _Rule(_keep, _WORD, _CLITIC),
+    _Rule(_keep, r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _NOT),
+    _Rule(_keep, _WORD),
+    _Rule(_keep, rf"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s|n{_APOSTROPHE}?)"),
+    _Rule(_keep, rf"(?:[ldj]|dunkin|somethin|ol){_APOSTROPHE}"),
+    _Rule(_keep, rf"(?-i:[A-HJ-XZn]){_ANY_APOSTROPHE}{_LETTER}{{2,}}"),
+    _Rule(_keep, rf"{_LETTER}+[aeiouy]{_ANY_APOSTROPHE}(?-i:[aeiouA-Z]){_LETTER}*"),
+    _Rule(_keep, r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l"),
+    _Rule(_keep, rf"y{_APOSTROPHE}", _LETTER),
+    # Addresses
+    _Rule(_keep, rf"(?:ftp|https?)://{_PATH}"),
+    _Rule(_keep, rf"www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{_PATH})?"),
+    _Rule(_keep, rf"{_HOST}(?:/{_PATH})?"),
+    _Rule(_keep, rf"[A-Za-z0-9][^\s\"<>|(){{}}]*@(?:{_DOMAIN}\.)*{_DOMAIN}>?"),
+    _Rule(_keep, rf"@[A-Za-z_][A-Za-z_0-9]*|#{_LETTER}+"),
+    # Numbers
+    _Rule(_quote, _CLITIC, "[^A-Za-z]"),
+    _Rule(_quote, _NOT),
+    _Rule(_keep, r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}"),
+    _Rule(_keep, r"[-+]?(?:\d+(?:[.:,\u00ad]\d+)*|(?:[.:,]\d+)+)"),
+    _Rule(_keep, r"[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)"),
+    _Rule(_keep, r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}"),
+    _Rule(_bracket, rf"{_AREA}\d{{3,4}}[- \u00a0]?\d{{3,5}}"),
+    _Rule(_keep, r"\+{0,2}(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}"),
+    _Rule(_keep, rf"{_SLASHED}(?:\\?/{_SLASHED}){{1,2}}"),
+    _Rule(_keep, r"(?-i:[A-Z]*\$)|#|C\+\+"),
+    # Abbreviations
+    _Rule(_unescape, r"-[lr][rcs]b-|C\.D\.s|pro-|anti-|S&(?:amp;)?P-500|S&(?:amp;)?Ls"),
+    _Rule(_keep, rf"cap{_APOSTROPHE}n|c{_APOSTROPHE}est"),
+    _Rule(_keep, rf"(?:{_ABBREVIATIONS}|{_ACRONYM}*)\."),
+    _Rule(_keep, r"[A-Za-z]", rf"\.\s+(?-i:{_OPENERS})\s"),
+    _Rule(_keep, rf"(?:{_BEFORE_NUMBERS})\.", r"\s?\d"),
+    _Rule(_keep, rf"{_APOSTROPHE}\d\d", r"\s"),
+    _Rule(_unescape, rf"(?:{_WORD}|{_HYPHENATED}|{_DOTTED}|{_JOINED})\.", "[,;:]"),
+    # Signs, hyphens and quotes
+    _Rule(_drop, r"&quot;|&nbsp;|\.{3,}|\.[ \u00a0](?:\.[ \u00a0])+\.|---?-?(?!-)"),
+    _Rule(_bracket, r"[<>]?[:;=][-o*']?(?-i:[()DPdpO\\:{@|\[\]])", "[^A-Za-z0-9]"),
+    _Rule(_bracket, rf"[\^x=~<>]\.[\^x=~<>]|{_EYE}_{_EYE}|\({_EYE}[_.]?{_EYE}\)"),
+    _Rule(_keep, r"-+|@+|_+|\*+|#+|[?!]+"),
+    _Rule(_keep, _DOTTED),
+    _Rule(_keep, _HYPHENATED),
+    _Rule(_unescape, _JOINED),
+    _Rule(_drop, "'", r"[A-Za-z]\S"),
+    _Rule(_quote, _CLITIC),
+    _Rule(_quote, r"[`\x91-\x94‘-‟‹›«»]{1,2}"),
+    _Rule(_drop, r"""''|['"…\x85]|&apos;"""),
+    # Any other sign of the basic plane that the lexer knows, roughly.
+    _Rule(_symbol, r"[!-/:-@\[-`{-~\x80¡-¿×÷†-€℀-➿、。！-･]"),
+]
+
+
 @cache
-def _rules() -> list[tuple[re.Pattern, Callable[[str], list[str]]]]:
-    """In this order: of two matches of one length the first rule wins. Group 1 is the token."""
-    rules = _words() + _addresses() + _numbers() + _abbreviations() + _symbols()
-    return [(re.compile(f"({r.token})(?:{r.before})", re.I), r.becomes) for r in rules]
-
-
-def _words() -> list[_Rule]:
-    tag = r"[A-Za-z][\w:.-]*"
-    value = rf"""(?:'[^']*'|"[^"]*"|{tag})"""
-    return [
-        _Rule(_split, "|".join(_CONTRACTIONS)),
-        _Rule(_keep, "'t", "is|was"),
-        _Rule(_keep, rf"<(?:[!?][A-Za-z-][^>]*|/{tag}|{tag}(?: +{tag}(?: *= *{value})?)* */?) *>"),
-        _Rule(_drop, r"&(?:MD|mdash|ndash);|[\x96\x97–—―]"),
-        _Rule(_unescape, r"&amp;|&lt;|&gt;|<<|>>"),
-        _Rule(_keep, r"&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#\d+);"),
-        _Rule(_keep, _WORD, _CLITIC),
-        _Rule(_keep, r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _NOT),
-        _Rule(_keep, _WORD),
-        _Rule(_keep, rf"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s|n{_APOSTROPHE}?)"),
-        _Rule(_keep, rf"(?:[ldj]|dunkin|somethin|ol){_APOSTROPHE}"),
-        _Rule(_keep, rf"(?-i:[A-HJ-XZn]){_ANY_APOSTROPHE}{_LETTER}{{2,}}"),
-        _Rule(_keep, rf"{_LETTER}+[aeiouy]{_ANY_APOSTROPHE}(?-i:[aeiouA-Z]){_LETTER}*"),
-        _Rule(_keep, r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l"),
-        _Rule(_keep, rf"y{_APOSTROPHE}", _LETTER),
-    ]
-
-
-def _addresses() -> list[_Rule]:
-    path = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
-    # Case matters in the host: its range from comma to underscore includes the capitals.
-    host = r"""(?:(?-i:[^\s"`'<>|.!?()$,-_{}]+)\.)+(?:com|net|org|edu)"""
-    domain = r"""[^\s"<>|(){}.]+"""
-    return [
-        _Rule(_keep, rf"(?:ftp|https?)://{path}"),
-        _Rule(_keep, rf"www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{path})?"),
-        _Rule(_keep, rf"{host}(?:/{path})?"),
-        _Rule(_keep, rf"[A-Za-z0-9][^\s\"<>|(){{}}]*@(?:{domain}\.)*{domain}>?"),
-        _Rule(_keep, rf"@[A-Za-z_][A-Za-z_0-9]*|#{_LETTER}+"),
-    ]
-
-
-def _numbers() -> list[_Rule]:
-    slashed = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
-    area = r"(?:\(\d{2,3}\)[ \u00a0]?|\+{0,2}(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])"
-    return [
-        _Rule(_quote, _CLITIC, "[^A-Za-z]"),
-        _Rule(_quote, _NOT),
-        _Rule(_keep, r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}"),
-        _Rule(_keep, r"[-+]?(?:\d+(?:[.:,\u00ad]\d+)*|(?:[.:,]\d+)+)"),
-        _Rule(_keep, r"[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)"),
-        _Rule(_keep, r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}"),
-        _Rule(_bracket, rf"{area}\d{{3,4}}[- \u00a0]?\d{{3,5}}"),
-        _Rule(_keep, r"\+{0,2}(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}"),
-        _Rule(_keep, rf"{slashed}(?:\\?/{slashed}){{1,2}}"),
-        _Rule(_keep, r"(?-i:[A-Z]*\$)|#|C\+\+"),
-    ]
-
-
-def _abbreviations() -> list[_Rule]:
-    return [
-        _Rule(_unescape, r"-[lr][rcs]b-|C\.D\.s|pro-|anti-|S&(?:amp;)?P-500|S&(?:amp;)?Ls"),
-        _Rule(_keep, rf"cap{_APOSTROPHE}n|c{_APOSTROPHE}est"),
-        _Rule(_keep, rf"(?:{_ABBREVIATIONS}|{_ACRONYM}*)\."),
-        _Rule(_keep, r"[A-Za-z]", rf"\.\s+(?-i:{_OPENERS})\s"),
-        _Rule(_keep, rf"(?:{_BEFORE_NUMBERS})\.", r"\s?\d"),
-        _Rule(_keep, rf"{_APOSTROPHE}\d\d", r"\s"),
-        _Rule(_unescape, rf"(?:{_WORD}|{_HYPHENATED}|{_DOTTED}|{_JOINED})\.", "[,;:]"),
-    ]
-
-
-def _symbols() -> list[_Rule]:
-    eye = r"[-^x=~<>']"
-    return [
-        _Rule(_drop, r"&quot;|&nbsp;|\.{3,}|\.[ \u00a0](?:\.[ \u00a0])+\.|---?-?(?!-)"),
-        _Rule(_bracket, r"[<>]?[:;=][-o*']?(?-i:[()DPdpO\\:{@|\[\]])", "[^A-Za-z0-9]"),
-        _Rule(_bracket, rf"[\^x=~<>]\.[\^x=~<>]|{eye}_{eye}|\({eye}[_.]?{eye}\)"),
-        _Rule(_keep, r"-+|@+|_+|\*+|#+|[?!]+"),
-        _Rule(_keep, _DOTTED),
-        _Rule(_keep, _HYPHENATED),
-        _Rule(_unescape, _JOINED),
-        _Rule(_drop, "'", r"[A-Za-z]\S"),
-        _Rule(_quote, _CLITIC),
-        _Rule(_quote, r"[`\x91-\x94‘-‟‹›«»]{1,2}"),
-        _Rule(_drop, r"""''|['"…\x85]|&apos;"""),
-        # Any other sign of the basic plane that the lexer knows, roughly.
-        _Rule(_symbol, r"[!-/:-@\[-`{-~\x80¡-¿×÷†-€℀-➿、。！-･]"),
-    ]
+def _patterns() -> list[tuple[re.Pattern, Callable[[str], list[str]]]]:
+    """Group 1 is the token."""
+    return [(re.compile(f"({r.token})(?:{r.before})", re.I), r.becomes) for r in _RULES]

@@ -48,10 +48,8 @@ class TransformersLanguage(Language):
     def __init__(self, model: PreTrainedModel, bos_id: int | None):
         config = model.config
         if config.eos_token_id is None:
-            raise ValueError(
-                f"this {config.model_type} model has no end token, so its captions would never "
-                "end; set eos_token_id in its config.json"
-            )
+            remedy = "so its captions would never end; set eos_token_id in its config.json"
+            raise ValueError(f"this {config.model_type} model has no end token, {remedy}")
         ends = config.eos_token_id
         eos_id = ends if isinstance(ends, int) else ends[0]
         pad_id = eos_id if config.pad_token_id is None else config.pad_token_id

@@ -69,9 +69,8 @@ class SamEncoder(official.ImageEncoderViT):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
             side = block.window_size or image_size // patch_size
-            block.attn = RelativeAttention(
-                width, num_heads, use_rel_pos=True, input_size=(side,) * 2
-            )
+            grid = (side, side)
+            block.attn = RelativeAttention(width, num_heads, use_rel_pos=True, input_size=grid)
         if stem is not None:
             self.patch_embed.proj = stem
 
@@ -79,10 +78,8 @@ class SamEncoder(official.ImageEncoderViT):
         """Normalised images float[B, 3, H, W] -> features float[B, out_channels, h, w]."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"SAM takes images whose sides are multiples of {self.patch_size}, "
-                f"not {height} x {width}"
-            )
+            multiples = f"images whose sides are multiples of {self.patch_size}"
+            raise ValueError(f"SAM takes {multiples}, not {height} x {width}")
         x = self.patch_embed(images)  # (B, h, w, C)
         table = self.pos_embed.permute(0, 3, 1, 2)
         x = x + resize(table, x.shape[1:3], "bicubic").permute(0, 2, 3, 1)
