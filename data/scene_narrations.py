@@ -68,17 +68,12 @@ class Word:
 
 @dataclass(frozen=True)
 class Narration:
-    """The Localized Narratives fields of a scene, and which object each mention is about.
-
-    Args:
-        timed_caption, traces: as published; x and y in [0, 1] of the image, seconds.
-        mentions: {"start", "end", "object"}: characters of the caption, index in the scene.
-    """
+    """The published Localized Narratives fields, and which object each mention is about."""
 
     caption: str
     timed_caption: list[dict[str, Any]]
-    traces: list[list[dict[str, float]]]
-    mentions: list[dict[str, int]]
+    traces: list[list[dict[str, float]]]  # x and y in [0, 1] of the image, t in seconds
+    mentions: list[dict[str, int]]  # start and end in the caption, object in the scene
 
 
 def narrate(
@@ -88,11 +83,8 @@ def narrate(
     indices = _ordered(rng, scene.objects, order)
     words = _spoken(rng, _described(rng, scene, indices, verbosity))
     caption = " ".join(word.text for word in words)
-    found = object_mentions(caption)
-    mentions = [
-        {"start": start, "end": end, "object": index}
-        for (start, end, _, _), index in zip(found, indices, strict=True)
-    ]
+    found = zip(object_mentions(caption), indices, strict=True)
+    mentions = [{"start": m[0], "end": m[1], "object": index} for m, index in found]
     return Narration(caption, _utterances(rng, words), _trace(rng, words, boxes), mentions)
 
 

@@ -105,22 +105,15 @@ class World:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene.
-
-    Args:
-        center: (x, y) in [0, 1] of the image.
-        side_px: side of the square it just fits into, in pixels.
-        angle: how far it is turned, in degrees.
-        held_out: whether training never shows this colour-kind pair.
-    """
+    """One object of a scene."""
 
     kind: str
     colour: str
     size: str
-    center: tuple[float, float]
-    side_px: float
-    angle: float = 0.0
-    held_out: bool = False
+    center: tuple[float, float]  # (x, y) in [0, 1] of the image
+    side_px: float  # of the square it just fits into
+    angle: float = 0.0  # degrees
+    held_out: bool = False  # training never shows this colour-kind pair
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,8 @@ def truth_line(example: Example) -> dict[str, Any]:
 
 def categories() -> list[dict[str, Any]]:
     """Every colour and kind, in a fixed order with ids from 1 on."""
-    names = ((colour, kind) for kind in KINDS for colour in COLOURS)
-    return [
-        {"id": index, "name": f"{colour} {kind}", "supercategory": kind}
-        for index, (colour, kind) in enumerate(names, start=1)
-    ]
+    entries = [{"name": f"{c} {kind}", "supercategory": kind} for kind in KINDS for c in COLOURS]
+    return [{"id": index, **entry} for index, entry in enumerate(entries, start=1)]
 
 
 def instances(example: Example) -> list[dict[str, Any]]:

@@ -34,14 +34,11 @@ MIN_MATCH = 0.5  # text: share of an utterance's characters that the caption mus
 
 
 class Trace(NamedTuple):
-    """The pointer, sorted by time: times float64[M], points float64[M, 2], not clipped.
+    """The pointer, sorted by time."""
 
-    `breaks` bool[M - 1]: the pointer was away from the image between points i and i + 1.
-    """
-
-    times: Array
-    points: Array
-    breaks: NDArray[np.bool_]
+    times: Array  # float64[M]
+    points: Array  # float64[M, 2], not clipped
+    breaks: NDArray[np.bool_]  # [M - 1], away from the image between points i and i + 1
 
 
 class Places(NamedTuple):
@@ -55,15 +52,13 @@ def text_pieces(narrative: dict[str, Any]) -> tuple[Piece, ...]:
     """Pieces of the caption with the place the speaker pointed at while saying them.
 
     Args:
-        narrative: a Localized Narratives object with `caption`, `timed_caption` and `traces`.
+        narrative: a Localized Narratives object with `caption`, `timed_caption` and `traces`;
+            ValueError where an utterance or a trace point lacks a field or a finite number.
 
     Returns:
         A piece per utterance that is found in the caption, in its order: start and end in
         characters of the caption, centre and box in [0, 1], both None where the word was said
         more than `MAX_DISTANCE` seconds from any trace. Empty for fewer than two trace points.
-
-    Raises:
-        ValueError: an utterance or a trace point lacks a field or a finite number.
     """
     trace, (utterances, times) = read_trace(narrative), read_utterances(narrative)
     if len(trace.times) < 2 or not utterances:

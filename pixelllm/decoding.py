@@ -85,14 +85,10 @@ def beam_search(
         live_ids, live = _best(ids, scores + ended * _EMPTY, num_beams)
         finished = (scores / _penalty(t + 1, alpha)).masked_fill(~ended, _EMPTY)
         ids = ids.masked_fill(~ended[..., None], 0)
-        done_ids, done = _best(
-            torch.cat([done_ids, ids], 1), torch.cat([done, finished], 1), num_beams
-        )
-    any_done = (done > _EMPTY).any(1)
-    return (
-        torch.where(any_done[:, None, None], done_ids, live_ids),
-        torch.where(any_done[:, None], done, live),
-    )
+        done_ids, done = torch.cat([done_ids, ids], 1), torch.cat([done, finished], 1)
+        done_ids, done = _best(done_ids, done, num_beams)
+    any_done = (done > _EMPTY).any(1)[:, None]
+    return torch.where(any_done[..., None], done_ids, live_ids), torch.where(any_done, done, live)
 
 
 def _penalty(length: int, alpha: float) -> float:

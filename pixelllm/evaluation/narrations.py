@@ -34,32 +34,23 @@ SECONDS_PER_WORD = 0.4  # a usual speaking rate
 class Narration:
     """A reference narration and what the model makes of its image.
 
-    Args:
-        record, phrase: the reference.
-        token_points, token_targets: float32[T, 2, 2], teacher forced; targets are NaN where a
-            token has no place.
-        word_boxes, target_boxes: float32[W, 4] of the reference's whitespace words, teacher
-            forced; NaN where a word has no place.
-        generated: the model's own caption.
+    Targets are NaN where a token or a whitespace word of the reference has no place.
     """
 
     record: Record
     phrase: Phrase
-    token_points: np.ndarray
-    token_targets: np.ndarray
-    word_boxes: np.ndarray
-    target_boxes: np.ndarray
+    token_points: np.ndarray  # float32[T, 2, 2], teacher forced
+    token_targets: np.ndarray  # float32[T, 2, 2]
+    word_boxes: np.ndarray  # float32[W, 4], teacher forced
+    target_boxes: np.ndarray  # float32[W, 4]
     generated: Caption
 
 
 def chosen_narrations(table: Table, limit: int | None) -> list[tuple[int, Phrase]]:
     """Record positions and narrations of the table, in order; ValueError without any."""
-    found = [
-        (int(index), phrase)
-        for index in records_with_task(table, TASK)
-        for phrase in table[int(index)].phrases
-        if phrase.task == TASK
-    ]
+    records = map(int, records_with_task(table, TASK))
+    phrases = ((index, phrase) for index in records for phrase in table[index].phrases)
+    found = [(index, phrase) for index, phrase in phrases if phrase.task == TASK]
     if not found:
         raise ValueError(f"{table.path}: no {TASK!r} phrases; make the table from narratives")
     return found[:limit]

@@ -182,11 +182,8 @@ class MaskDecoder(official.MaskDecoder):
     """
 
     def __init__(self, width: int, depth: int = 2, num_heads: int = 8, mlp_width: int = 2048):
-        super().__init__(
-            transformer_dim=width,
-            transformer=official.TwoWayTransformer(depth, width, num_heads, mlp_width),
-            iou_head_hidden_dim=width,
-        )
+        two_way = official.TwoWayTransformer(depth, width, num_heads, mlp_width)
+        super().__init__(transformer_dim=width, transformer=two_way, iou_head_hidden_dim=width)
 
     def forward(
         self, features: Tensor, image_pe: Tensor, prompt_tokens: Tensor, dense: Tensor

@@ -19,15 +19,10 @@ from pixelllm.decoding import beam_search, greedy_search
 
 
 class Prompt(NamedTuple):
-    """What the words are conditioned on.
+    """What the words are conditioned on: visual tokens, then context."""
 
-    Args:
-        states: float[R, S, D], visual tokens then context; encoded if the trunk has an encoder.
-        padding: bool[R, S], True on padding.
-    """
-
-    states: Tensor
-    padding: Tensor
+    states: Tensor  # float[R, S, D], encoded if the trunk has an encoder
+    padding: Tensor  # bool[R, S], True on padding
 
     def repeat(self, times: int) -> Prompt:
         """Every row `times` times in a row, as beams want it."""
@@ -43,19 +38,14 @@ def join(visual: Tensor, context: Tensor, context_padding: Tensor) -> Prompt:
 class Generation(NamedTuple):
     """Finished words with the features that a parallel (teacher forced) pass over them gives.
 
-    Args:
-        token_ids: int64[R, T], from BOS to EOS, then padding.
-        padding: bool[R, T], True after EOS.
-        log_probs: float32[R, T], natural log-probability of each token under the model (without
-            temperature or penalties), 0 at BOS and on padding. The log-probability of the
-            sentence is their sum, EOS included.
-        hidden: float[R, T, D].
+    Log-probabilities are natural and those of the model, without temperature or penalties; that
+    of the sentence is their sum, EOS included.
     """
 
-    token_ids: Tensor
-    padding: Tensor
-    log_probs: Tensor
-    hidden: Tensor
+    token_ids: Tensor  # int64[R, T], from BOS to EOS, then padding
+    padding: Tensor  # bool[R, T], True after EOS
+    log_probs: Tensor  # float32[R, T], 0 at BOS and on padding
+    hidden: Tensor  # float[R, T, D]
 
 
 class Language(nn.Module, ABC):
@@ -83,17 +73,12 @@ class Language(nn.Module, ABC):
         token_ids: Tensor,
         token_padding: Tensor,
     ) -> Tensor:
-        """Features of given words (teacher forcing).
+        """Features of given words (teacher forcing), float[R, T, D] after the final norm.
 
         Args:
             prefix: float[R, N, D], visual tokens.
-            context_ids: int64[R, C], C may be 0.
-            context_padding: bool[R, C], True on padding.
-            token_ids: int64[R, T], BOS first, padded at the end.
-            token_padding: bool[R, T], True on padding.
-
-        Returns:
-            float[R, T, D] after the final norm; meaningless where `token_padding`.
+            context_ids, context_padding: int64 and bool[R, C], True on padding; C may be 0.
+            token_ids, token_padding: int64 and bool[R, T], BOS first, padded at the end.
         """
         prompt = self.encode(prefix, context_ids, context_padding)
         return self.decode(prompt, token_ids, token_padding)
