@@ -78,11 +78,15 @@ def find_file(name_or_path: Path | str, name: str) -> Path:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a finished run: {name} is missing")
         return folder / name
+    # "owner/name" could be on the Hub, but not where "owner" is a folder here.
+    if folder.is_absolute() or len(folder.parts) > 2 or folder.parent.is_dir() and folder.parts[1:]:
+        raise FileNotFoundError(f"{folder}: no such run; train.py --out names its folder")
     try:
         return Path(cached_file(str(name_or_path), name))
     except OSError as error:
+        reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{name_or_path} is neither a folder nor a model on the Hub: {error}"
+            f"{name_or_path} is neither a folder nor a model on the Hub: {reason}"
         ) from error
 
 
@@ -111,7 +115,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file beside its place, then rename it. Raises OSError naming it."""
     beside = path.with_name(path.name + ".partial")
     try:
+        beside.touch()  # with the permissions of any new file; the library's own are private
+        mode = beside.stat().st_mode
         save_file(tensors, beside, metadata={"format": "pt"})
+        beside.chmod(mode)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written, nothing of it is kept: {error}") from error

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 TEMPLATE = """---
 library_name: pixelllm
 pipeline_tag: image-to-text
+license: apache-2.0
+language: en
+tags: [image-captioning, visual-grounding, pixelllm]
 ---
 
 # {name}
@@ -20,7 +23,8 @@ A PixelLLM (Xu et al., CVPR 2024): it captions an image and gives a point for ev
 ```python
 from pixelllm import PixelLLM, Processor
 
-model, processor = PixelLLM.from_pretrained("."), Processor.from_pretrained(".")
+name = "."  # this folder, or its name on the Hub
+model, processor = PixelLLM.from_pretrained(name), Processor.from_pretrained(name)
 caption = model.generate(**processor("image.jpg"))[0]
 for word in caption.words:
     print(word.text, word.point, word.log_prob)

@@ -13,12 +13,15 @@ from torch import nn
 
 from pixelllm import checkpoints
 from pixelllm.checkpoints import (
+    CONFIG_FILE,
+    find_file,
     from_fields,
     load_config,
     load_weights,
     own_tensors,
     save_config,
     save_weights,
+    write_tensors,
     write_text,
 )
 from pixelllm.config import Config, SamPretraining
@@ -150,3 +153,19 @@ def test_text_is_written_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a.json", "new \ud800")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch) -> None:
+    """Catches half a minute of network retries for a folder that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "runs/deep/nope", str(tmp_path / "nope")):
+        with pytest.raises(FileNotFoundError, match="no such run"):
+            find_file(name, CONFIG_FILE)
+
+
+def test_saved_tensors_have_the_permissions_of_any_new_file(tmp_path) -> None:
+    """Catches weights that only their writer may read."""
+    (tmp_path / "plain").touch()
+    write_tensors({"a": torch.zeros(1)}, tmp_path / "tensors")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
