@@ -120,8 +120,8 @@ def meteor(found: list[Narration]) -> Scores:
     if reason is not None:
         print(f"METEOR is left out: {reason}", file=sys.stderr)
         return {}
-    references = {n.phrase.id: [n.phrase.caption] for n in found}
-    return {"meteor": score_meteor({n.phrase.id: n.generated.text for n in found}, references)}
+    hypotheses = {n.phrase.id: n.generated.text for n in found}
+    return {"meteor": score_meteor(hypotheses, {n.phrase.id: [n.phrase.caption] for n in found})}
 
 
 def truths_of(

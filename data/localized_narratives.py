@@ -46,7 +46,14 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How narratives become records; see `main`."""
+    """How narratives become records.
+
+    Args:
+        images: folder of the images, in the layout of their corpus.
+        alignment: by the words' characters, or the official one by rank (docs/alignment.md).
+        embed_images: copy the image files into the table instead of naming their paths.
+        skip_missing: drop and count narratives whose image is missing.
+    """
 
     images: Path
     alignment: Literal["text", "rank"] = "text"
@@ -257,12 +264,9 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
 
 def main(
     annotations: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    images: Path,
+    options: Annotated[Options, tyro.conf.arg(name="")],
     out: Path,
-    alignment: Literal["text", "rank"] = "text",
     num_proc: int = 1,
-    embed_images: bool = False,
-    skip_missing: bool = False,
 ) -> None:
     """Turn Localized Narratives into a table of records with a place for every word.
 
@@ -271,14 +275,9 @@ def main(
 
     Args:
         annotations: shards, .jsonl or .jsonl.gz.
-        images: folder of the images, in the layout of their corpus.
         out: table to write; a table of that name is replaced when the new one is complete.
-        alignment: by the words' characters, or the official one by rank (docs/alignment.md).
         num_proc: processes; the table is the same for any number.
-        embed_images: copy the image files into the table instead of naming their paths.
-        skip_missing: drop and count narratives whose image is missing.
     """
-    options = Options(images, alignment, embed_images, skip_missing)
     try:
         report = convert(list(annotations), options, out, num_proc)
     except (ValueError, OSError) as error:

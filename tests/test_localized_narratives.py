@@ -258,4 +258,4 @@ def test_command_writes_a_table(tmp_path, images):
 def test_command_ends_with_one_line_of_error(tmp_path, images):
     file = write(tmp_path / "a.jsonl", [narrative("99")])
     with pytest.raises(SystemExit, match=r"^error: .*a\.jsonl:1: no image for"):
-        main((file,), images, tmp_path / "t")
+        main((file,), Options(images), tmp_path / "t")

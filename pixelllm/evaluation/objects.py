@@ -54,10 +54,9 @@ def inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 def object_words(narration: Narration, truth: ObjectTruth) -> list[tuple[int, int]]:
     """(word, object) for the reference words that name an object."""
-    spans = words_of(narration.phrase.caption)
     return [
         (word, index)
-        for word, (start, end) in enumerate(spans)
+        for word, (start, end) in enumerate(words_of(narration.phrase.caption))
         for first, last, index in truth.mentions
         if start < last and first < end
     ]
@@ -79,9 +78,8 @@ def score_forced(
     points, targets, centers, object_boxes = [], [], [], []
     for narration, truth, predicted in zip(narrations, truths, boxes, strict=True):
         for word, index in object_words(narration, truth):
-            points.append((predicted[word, :2] + predicted[word, 2:]) / 2)
-            target = narration.target_boxes[word]
-            targets.append((target[:2] + target[2:]) / 2)
+            points.append(predicted[word].reshape(2, 2).mean(0))
+            targets.append(narration.target_boxes[word].reshape(2, 2).mean(0))
             centers.append(truth.centers[index])
             object_boxes.append(truth.boxes[index])
     points, targets, centers = np.array(points), np.array(targets), np.array(centers)
