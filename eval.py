@@ -1,7 +1,7 @@
 """Evaluate a run.
 
-    python eval.py runs/quickstart --data runs/quickstart/data/val
-    python eval.py runs/quickstart --data runs/quickstart/data/val --beams 4 --limit 100
+    python eval.py runs/quickstart --data runs/quickstart/data/narrations_val
+    python eval.py runs/quickstart --data runs/quickstart/data/narrations_val --beams 4 --limit 100
 
 Prints one table, writes RUN/eval/trace.json and RUN/eval/trace_predictions.jsonl.
 """
@@ -62,6 +62,14 @@ class Options:
     out: Path | None = None
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("limit", "beams", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.truth is not None and not self.truth.is_file():
+            raise FileNotFoundError(f"--truth {self.truth}: no such file")
+
 
 def evaluate(options: Options) -> None:
     model = PixelLLM.from_pretrained(options.run).to(choose_device(options.device))
@@ -84,10 +92,11 @@ def evaluate(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(narrative_line(narration)) + "\n" for narration in found)
     write_text(out / "trace_predictions.jsonl", "".join(lines))
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     result = {
         "metrics": without_nan(metrics),
         "baselines": without_nan(baselines),
-        "config": {**{k: str(v) for k, v in asdict(options).items()}, "recipe": model.config.name},
+        "config": {**config, "recipe": model.config.name},
         "num_examples": len(found),
     }
     write_text(out / "trace.json", json.dumps(result, indent=2) + "\n")
@@ -159,11 +168,12 @@ def print_table(metrics: Scores, baselines: Scores, count: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = tyro.cli(Options, prog="python eval.py", description=__doc__, args=arguments)
     try:
-        evaluate(options)
+        evaluate(tyro.cli(Options, prog="python eval.py", description=__doc__, args=arguments))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # nothing is written before the last score
 
 
 if __name__ == "__main__":

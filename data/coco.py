@@ -186,7 +186,7 @@ def convert(
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder}: no such folder")
     annotations = load_annotations(files)
-    report: dict[str, Any] = {"files": [str(file) for file in files]}
+    report: dict[str, Any] = {"files": [str(file.resolve()) for file in files]}
     records = read_records(annotations, folder, report, skip_missing)
     write_table(tqdm(records, "images", len(annotations.images)), out, report)
     return report

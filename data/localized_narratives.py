@@ -254,7 +254,8 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
             raise FileNotFoundError(f"{file}: no such annotation file")
     if not options.images.is_dir():
         raise FileNotFoundError(f"--images {options.images}: no such folder")
-    report: dict[str, Any] = {"files": list(map(str, files)), "alignment": options.alignment}
+    names = [str(file.resolve()) for file in files]
+    report: dict[str, Any] = {"files": names, "alignment": options.alignment}
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="narratives") as bar:
         lines = read_lines(files, bar.update)

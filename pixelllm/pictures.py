@@ -286,7 +286,8 @@ def _draw_word(photo: Image.Image, word: dict[str, Any], color: Color) -> None:
     """The box and the point of the word being spoken."""
     if word["box"] is not None:
         pairs = zip(word["box"], photo.size * 2, strict=True)
-        x0, y0, x1, y1 = (_clamp(value) * (side - 1) for value, side in pairs)
+        # Whole pixels: Pillow fails on fractional corners of narrow rounded boxes.
+        x0, y0, x1, y1 = (round(_clamp(value) * (side - 1)) for value, side in pairs)
         if x1 >= x0 and y1 >= y0:
             draw = ImageDraw.Draw(photo)
             draw.rounded_rectangle((x0, y0, x1, y1), 6, outline="white", width=4)

@@ -128,6 +128,22 @@ def test_the_command_says_what_is_wrong_in_one_line(tiny_run, tiny_tables, tmp_p
     assert "none" in failed.stderr
 
 
+@pytest.mark.parametrize("option", ["--limit", "--beams", "--batch-size"])
+def test_counts_below_one_are_refused_before_any_work(tmp_path, capsys, option):
+    """Catches a negative limit that silently drops the last examples."""
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path), "--data", str(tmp_path), option, "-3"])
+    assert f"{option} must be at least 1, not -3" in capsys.readouterr().err
+
+
+def test_a_missing_truth_file_is_refused_before_any_work(tmp_path):
+    """Catches a typing mistake that shows after all predictions."""
+    with pytest.raises(SystemExit, match="truth.jsonl: no such file"):
+        command.main(
+            [str(tmp_path), "--data", str(tmp_path), "--truth", str(tmp_path / "truth.jsonl")]
+        )
+
+
 def test_help_fits_a_screen_and_starts_with_a_command(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--help"])

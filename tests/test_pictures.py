@@ -191,3 +191,12 @@ def test_write_still_is_a_png(caption, tmp_path):
     write_still(caption, tmp_path / "a.png", longest=200)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.format == "PNG" and picture.width == 200
+
+
+def test_words_with_narrow_boxes_are_drawn(caption, tmp_path):
+    """Would catch fractional corners, on which Pillow fails for boxes a few pixels wide."""
+    for step in range(40):
+        box = [0.5, 0.5, 0.5 + step / 1000, 0.5 + step / 777]
+        caption["words"] = [word("A", [0.5, 0.5], box)]
+        caption["caption"] = "A"
+        write_gif(caption, tmp_path / "narrow.gif", longest=97)
