@@ -133,6 +133,15 @@ def load_weights(
     file = find_file(name_or_path, WEIGHTS_FILE)
     stored = read_weights(file)
     expected = {n: t for n, t in own_tensors(model).items() if not leave_out(n)}
+    problems = misfits(stored, expected)
+    if problems:
+        raise ValueError(f"{file} does not fit its configuration: " + "; ".join(problems))
+    for name, tensor in expected.items():
+        tensor.data.copy_(stored[name])
+
+
+def misfits(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """A sorted line for every tensor that is missing, unexpected or of another shape."""
     problems = [f"missing {name}" for name in expected.keys() - stored.keys()]
     problems += [f"unexpected {name}" for name in stored.keys() - expected.keys()]
     problems += [
@@ -140,10 +149,7 @@ def load_weights(
         for name, tensor in expected.items()
         if name in stored and stored[name].shape != tensor.shape
     ]
-    if problems:
-        raise ValueError(f"{file} does not fit its configuration: " + "; ".join(sorted(problems)))
-    for name, tensor in expected.items():
-        tensor.data.copy_(stored[name])
+    return sorted(problems)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -292,7 +292,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     with pytest.raises(ValueError) as caught:
         CheckpointFolder(tmp_path / "checkpoints", 2).load_newest(state)
     assert "missing 4.weight" in str(caught.value)
-    assert "3.weight has shape (1, 6), the model (2, 6)" in str(caught.value)
+    assert "3.weight is (1, 6), expected (2, 6)" in str(caught.value)
 
 
 # --- the optimizer ---

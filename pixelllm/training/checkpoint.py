@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pixelllm.checkpoints import misfits
 from pixelllm.weights import read_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -70,15 +71,9 @@ class TrainingState:
 
 def _check_weights(weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     stored = {key.removeprefix("weight."): t for key, t in tensors.items() if key[:7] == "weight."}
-    problems = [f"missing {name}" for name in weights.keys() - stored.keys()]
-    problems += [f"unexpected {name}" for name in stored.keys() - weights.keys()]
-    problems += [
-        f"{name} has shape {tuple(stored[name].shape)}, the model {tuple(weight.shape)}"
-        for name, weight in weights.items()
-        if name in stored and stored[name].shape != weight.shape
-    ]
+    problems = misfits(stored, weights)
     if problems:
-        raise ValueError("the checkpoint does not fit the recipe: " + "; ".join(sorted(problems)))
+        raise ValueError("the checkpoint does not fit the recipe: " + "; ".join(problems))
 
 
 class CheckpointFolder:
