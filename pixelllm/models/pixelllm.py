@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pixelllm.boxes import to_pixels
 from pixelllm.images import normalise
 from pixelllm.models.prompt import PromptFeatureExtractor, fuse_features
 from pixelllm.models.sam import PromptEncoder
@@ -28,6 +29,13 @@ class Text(NamedTuple):
     context_padding: Tensor
     token_ids: Tensor
     token_padding: Tensor
+
+
+class ImageFeatures(NamedTuple):
+    """`fused` float32[B, C, h, w] of all encoders; `sam` float32[B, S, h', w'], SAM's alone."""
+
+    fused: Tensor
+    sam: Tensor
 
 
 class Prediction(NamedTuple):
@@ -90,6 +98,8 @@ class PixelLLMNetwork(nn.Module):
         language: a trunk of `pixelllm.models.language`.
         point_head: hidden states -> points.
         prompt_frame: side in pixels that prompt boxes are encoded relative to.
+        mask_head: masks of located phrases, where the model segments.
+        detector: proposes boxes on the fused features, where the model finds objects itself.
     """
 
     def __init__(
@@ -102,6 +112,8 @@ class PixelLLMNetwork(nn.Module):
         language: nn.Module,
         point_head: nn.Module,
         prompt_frame: int,
+        mask_head: nn.Module | None = None,
+        detector: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.eva02 = eva02
@@ -112,6 +124,8 @@ class PixelLLMNetwork(nn.Module):
         self.language = language
         self.point_head = point_head
         self.prompt_frame = prompt_frame
+        self.mask_head = mask_head
+        self.detector = detector
 
     def forward(
         self,
@@ -134,25 +148,43 @@ class PixelLLMNetwork(nn.Module):
         hidden = self.language(prefix.flatten(0, 1), *text)  # (R, T, D)
         return Prediction(self.language.logits(hidden), self.point_head(hidden))
 
-    def encode(self, images: Tensor, sizes: Tensor, features: dict[str, Tensor]) -> Tensor:
-        """Fused image features, float32[B, C, h, w]."""
-        maps = [
+    def encode(self, images: Tensor, sizes: Tensor, features: dict[str, Tensor]) -> ImageFeatures:
+        """What the encoders see; `features` are outputs of frozen ones, instead of running them."""
+        eva02, sam = (
             features[name].float() if name in features else branch(images, sizes)
             for name, branch in (("eva02", self.eva02), ("sam", self.sam))
-        ]
-        return fuse_features(maps)
+        )
+        return ImageFeatures(fuse_features([eva02, sam]), sam)
 
-    def prefix(self, features: Tensor, sizes: Tensor, boxes: Tensor) -> Tensor:
+    def prefix(self, features: ImageFeatures, sizes: Tensor, boxes: Tensor) -> Tensor:
         """Visual tokens of every prompt, float[B, K, N, D]."""
-        height, width = sizes.float().unbind(-1)
-        scale = torch.stack([width, height, width, height], dim=-1)  # (B, 4)
-        boxes_px = (boxes.float() * scale[:, None]).flatten(0, 1)  # (R, 4)
+        boxes_px = to_pixels(boxes.float(), sizes).flatten(0, 1)  # (R, 4)
         frame = (self.prompt_frame, self.prompt_frame)
         prompts = self.prompt_encoder.encode_boxes(boxes_px, frame)  # (R, 5, P)
         tokens = self.extractor(
-            features,
+            features.fused,
             prompts.unflatten(0, boxes.shape[:2]),
             self.prompt_encoder.no_mask,
-            self.prompt_encoder.dense_pe(*features.shape[-2:]),
+            self.prompt_encoder.dense_pe(*features.fused.shape[-2:]),
         )
         return self.projection(tokens)
+
+    def segment(
+        self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, prefix: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of the things in boxes, through the mask head.
+
+        Args:
+            features: of the images.
+            sizes: int64[B, 2].
+            boxes: float32[B, K, 4], xyxy in [0, 1] of the image; they get no gradient.
+            prefix: float[B, K, N, D], visual tokens of the rows.
+            hidden: float[R, T, D], features of the words of the rows.
+
+        Returns:
+            Logits float[B, K, 4h', 4w'] over the padded frame and predicted IoU float[B, K].
+        """
+        boxes_px = to_pixels(boxes.detach().float(), sizes)
+        return self.mask_head(
+            features.sam, boxes_px, self.prompt_encoder, prefix, hidden.unflatten(0, boxes.shape[:2])
+        )
