@@ -185,6 +185,5 @@ class PixelLLMNetwork(nn.Module):
             Logits float[B, K, 4h', 4w'] over the padded frame and predicted IoU float[B, K].
         """
         boxes_px = to_pixels(boxes.detach().float(), sizes)
-        return self.mask_head(
-            features.sam, boxes_px, self.prompt_encoder, prefix, hidden.unflatten(0, boxes.shape[:2])
-        )
+        hidden = hidden.unflatten(0, boxes.shape[:2])  # (B, K, T, D)
+        return self.mask_head(features.sam, boxes_px, self.prompt_encoder, prefix, hidden)
