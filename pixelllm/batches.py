@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pixelllm.alignment import token_boxes
-from pixelllm.images import crop_points, open_image, random_frame, to_frame
+from pixelllm.config import Source
 from pixelllm.models.pixelllm import Text
 from pixelllm.records import Box, Phrase, Record
+from pixelllm.views import whole_view
 
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
+TENSORS = ("images", "sizes", "boxes", "row_padding", "points", "with_points", "masks")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Batch:
         row_padding: bool[R], True where an image has fewer than K phrases.
         points: float32[R, T, 2, 2], top-left and bottom-right corner of each token's place.
         with_points: bool[R, T], tokens that have a place.
-        text_weight, point_weight: of the source the batch comes from.
+        masks: bool[B, K, S, S], of the phrases in the frame; empty where the source has no mask
+            loss.
+        source: where the batch comes from, with its loss weights.
         ids: phrase ids of the rows, "" on padding.
     """
 
@@ -49,8 +53,8 @@ class Batch:
     row_padding: Tensor
     points: Tensor
     with_points: Tensor
-    text_weight: float
-    point_weight: float
+    masks: Tensor
+    source: Source
     ids: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -61,10 +65,29 @@ class Batch:
             self,
             text=Text(*(tensor.to(device) for tensor in self.text)),
             features={name: value.to(device) for name, value in self.features.items()},
-            **{
-                name: getattr(self, name).to(device)
-                for name in ("images", "sizes", "boxes", "row_padding", "points", "with_points")
-            },
+            **{name: getattr(self, name).to(device) for name in TENSORS},
+        )
+
+    def with_prompts(self, boxes: Tensor, phrase: Tensor, is_phrase: Tensor) -> Batch:
+        """The batch asked at other boxes.
+
+        Args:
+            boxes: float32[B, M, 4], the new prompts.
+            phrase: int64[B, M], index among the K phrases of the image of what to write there.
+            is_phrase: bool[B, M], False where there is nothing to write.
+        """
+        rows = phrase + torch.arange(len(self), device=phrase.device)[:, None] * self.boxes.shape[1]
+        rows = rows.flatten()
+        ids = [self.ids[row] for row in rows.tolist()]
+        return replace(
+            self,
+            boxes=boxes,
+            text=Text(*(tensor[rows] for tensor in self.text)),
+            row_padding=self.row_padding[rows] | ~is_phrase.flatten(),
+            points=self.points[rows],
+            with_points=self.with_points[rows],
+            masks=self.masks.new_empty(0),
+            ids=tuple(ids),
         )
 
 
@@ -88,46 +111,8 @@ class Prompted:
 
 def frame_images(records: Sequence[Record], frame: int) -> tuple[Tensor, Tensor]:
     """Decode and pad the images: uint8[B, 3, frame, frame] and their sizes int64[B, 2]."""
-    framed = [to_frame(open_record_image(record), frame) for record in records]
-    return torch.stack([image for image, _ in framed]), torch.tensor([size for _, size in framed])
-
-
-def random_views(
-    chosen: Sequence[Prompted], frame: int, scale: tuple[float, float], generator: torch.Generator
-) -> tuple[Tensor, Tensor, list[Prompted]]:
-    """Randomly resized and cropped images, and the phrases with their places in the crop.
-
-    Returns images and sizes as `frame_images`, and `chosen` with coordinates in [0, 1] of what
-    is seen; places outside move onto the border (reference, section 8.3).
-    """
-    images, sizes, views = [], [], []
-    for item in chosen:
-        image, size, window = random_frame(open_record_image(item.record), frame, scale, generator)
-        images.append(image)
-        sizes.append(size)
-        phrases = tuple(_seen_through(phrase, window) for phrase in item.phrases)
-        views.append(replace(item, phrases=phrases))
-    return torch.stack(images), torch.tensor(sizes), views
-
-
-def _seen_through(phrase: Phrase, window: Tensor) -> Phrase:
-    def crop(place: Sequence[float] | None) -> tuple[float, ...] | None:
-        if place is None:
-            return None
-        points = crop_points(torch.tensor(place).view(-1, 2), window)
-        return tuple(points.flatten().tolist())
-
-    pieces = tuple(replace(p, center=crop(p.center), box=crop(p.box)) for p in phrase.pieces)
-    boxes = {"prompt_box": crop(phrase.prompt_box), "target_box": crop(phrase.target_box)}
-    return replace(phrase, pieces=pieces, **boxes)
-
-
-def open_record_image(record: Record):
-    """The record's image, RGB; ValueError or FileNotFoundError name the record."""
-    try:
-        return open_image(record.path if record.data is None else record.data)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"record {record.id}: {error}") from error
+    views = [whole_view(record, frame) for record in records]
+    return torch.stack([view.image for view in views]), torch.tensor([v.size for v in views])
 
 
 def encode_context(
@@ -164,8 +149,10 @@ def encode_caption(
     if phrase.pieces:
         return ids, token_boxes(phrase.pieces, offsets)
     boxes = np.full((len(ids), 4), np.nan, dtype=np.float32)
+    words = [place for place, (start, _) in enumerate(offsets) if start >= 0]
     if phrase.target_box is not None:
-        boxes[[start >= 0 for start, _ in offsets]] = phrase.target_box
+        # An expression says what it means with its last word (reference, section 5.5).
+        boxes[words[-1:] if phrase.task == "referring" else words] = phrase.target_box
     return ids, boxes
 
 
@@ -173,7 +160,7 @@ def collate_text(
     chosen: Sequence[Prompted], tokenizer: PreTrainedTokenizerFast, limits: TextLimits
 ) -> dict[str, object]:
     """Everything of a `Batch` that comes from the phrases."""
-    num_prompts = max(len(item.phrases) for item in chosen)
+    num_prompts = max(1, *(len(item.phrases) for item in chosen))
     contexts, tokens, places, boxes, ids = [], [], [], [], []
     for item in chosen:
         missing = num_prompts - len(item.phrases)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from pixelllm.weights import read_weights
+from pixelllm.files import write_text, written_whole
+from pixelllm.weights import read_weights, require_fit
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -27,7 +26,6 @@ T = TypeVar("T")
 
 def save_config(config: Any, folder: Path) -> None:
     """Write a configuration dataclass as JSON, with the name of its class."""
-    folder.mkdir(parents=True, exist_ok=True)
     fields = {"model_type": "pixelllm", "kind": type(config).__name__, **dataclasses.asdict(config)}
     write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
@@ -62,10 +60,12 @@ def from_fields(kind: type[T], fields: dict[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    if typing.get_origin(hint) is types.UnionType:
+        hint = typing.get_args(hint)[0]  # optional fields are written `kind | None`
     if dataclasses.is_dataclass(hint):
         return from_fields(hint, value, where)
-    if typing.get_origin(hint) is types.UnionType and value is not None:
-        hint = typing.get_args(hint)[0]  # optional fields are written `kind | None`
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     return value
@@ -107,23 +107,16 @@ def save_weights(
         for name, tensor in own_tensors(model).items()
         if not leave_out(name)
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / WEIGHTS_FILE)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file beside its place, then rename it. Raises OSError naming it."""
-    beside = path.with_name(path.name + ".partial")
-    try:
+    """Write a safetensors file, whole or not at all. Raises OSError naming it."""
+    with written_whole(path) as beside:
         beside.touch()  # with the permissions of any new file; the library's own are private
         mode = beside.stat().st_mode
         save_file(tensors, beside, metadata={"format": "pt"})
         beside.chmod(mode)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written, nothing of it is kept: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_weights(
@@ -133,37 +126,13 @@ def load_weights(
     file = find_file(name_or_path, WEIGHTS_FILE)
     stored = read_weights(file)
     expected = {n: t for n, t in own_tensors(model).items() if not leave_out(n)}
-    problems = misfits(stored, expected)
-    if problems:
-        raise ValueError(f"{file} does not fit its configuration: " + "; ".join(problems))
+    require_fit(stored, expected, str(file))
     for name, tensor in expected.items():
         tensor.data.copy_(stored[name])
-
-
-def misfits(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """A sorted line for every tensor that is missing, unexpected or of another shape."""
-    problems = [f"missing {name}" for name in expected.keys() - stored.keys()]
-    problems += [f"unexpected {name}" for name in stored.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in stored and stored[name].shape != tensor.shape
-    ]
-    return sorted(problems)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, shared ones once."""
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it."""
-    beside = path.with_name(path.name + ".partial")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return dict(model.named_parameters()) | buffers

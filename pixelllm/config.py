@@ -85,6 +85,28 @@ class PointConfig:
 
 
 @dataclass(frozen=True)
+class MaskConfig:
+    """Segmentation: the gated adapter and SAM's mask decoder; the defaults are SAM's."""
+
+    adapter_layers: int = 2
+    num_layers: int = 2  # of the decoder's two-way transformer
+    num_heads: int = 8
+    mlp_width: int = 2048
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """CenterNet2 on the fused features; the defaults are the release's but for the strides."""
+
+    width: int = 256
+    tower_layers: int = 4
+    roi_width: int = 1024
+    nominal_strides: bool = False  # as the release: 8, 16, ... whatever the size of the maps
+    num_sampled: int = 512  # proposals that train the second stage, per image
+    num_captioned: int = 32  # of them, those whose text is trained
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """PixelLLM."""
 
@@ -94,6 +116,8 @@ class ModelConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     points: PointConfig = field(default_factory=PointConfig)
+    masks: MaskConfig | None = None  # segments what it locates
+    detector: DetectorConfig | None = None  # finds objects to caption itself
 
     def __post_init__(self) -> None:
         if self.frame % self.sam.patch_size:
@@ -113,8 +137,11 @@ class Source:
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
     scale: tuple[float, float] | None = None  # random resize range, then a random crop
+    mirror: float = 0.0  # with a scale: chance of left and right changing places
     text_weight: float = 1.0
     point_weight: float = 1.0
+    mask_weight: float = 0.0
+    detection_weight: float = 0.0  # above 0, phrases are also asked at the detector's proposals
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,8 @@ class LossConfig:
     text: float = 1.0
     point: float = 38.4  # on coordinates in units of the frame
     smoothing: float = 0.1
+    mask: float = 1.0
+    detection: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from pixelllm.batches import (
-    Batch,
-    Prompted,
-    TextLimits,
-    collate_text,
-    frame_images,
-    random_views,
-)
+from pixelllm.batches import Batch, Prompted, TextLimits, collate_text
 from pixelllm.config import Source
 from pixelllm.feature_cache import FeatureCache
+from pixelllm.images import resize_size
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table
+from pixelllm.views import View, random_view, see_mask, see_phrase, whole_view
+
+NO_IMAGE = torch.empty(0, dtype=torch.uint8)
+NO_MASKS = torch.empty(0, dtype=torch.bool)
 
 
 def records_with_task(table: Table, task: str) -> np.ndarray:
@@ -212,18 +211,35 @@ def assemble(
             images whole.
     """
     records = [item.record for item in chosen]
-    features = cache.lookup(records) if cache else {}
     if source.scale is not None and views is not None:
-        images, sizes, chosen = random_views(chosen, frame, source.scale, views)
+        seen = [random_view(r, frame, source.scale, source.mirror, views) for r in records]
+        chosen = [_see(item, view) for item, view in zip(chosen, seen, strict=True)]
     elif cache and not with_images:
-        images, sizes = torch.empty(0, dtype=torch.uint8), cache.sizes(records)
+        seen = [View(NO_IMAGE, resize_size(r.size, frame, frame)) for r in records]
     else:
-        images, sizes = frame_images(records, frame)
+        seen = [whole_view(record, frame) for record in records]
     return Batch(
-        images=images,
-        sizes=sizes,
-        features=features,
-        text_weight=source.text_weight,
-        point_weight=source.point_weight,
+        images=torch.stack([view.image for view in seen]),
+        sizes=torch.tensor([view.size for view in seen]),
+        features=cache.lookup(records) if cache else {},
+        masks=frame_masks(chosen, seen, frame) if source.mask_weight else NO_MASKS,
+        source=source,
         **collate_text(chosen, tokenizer, limits),
     )
+
+
+def _see(item: Prompted, view: View) -> Prompted:
+    """What is left of the phrases in a view, with their contexts."""
+    seen = [see_phrase(phrase, view) for phrase in item.phrases]
+    contexts = (c for c, phrase in zip(item.contexts, seen, strict=True) if phrase is not None)
+    return Prompted(item.record, tuple(p for p in seen if p is not None), tuple(contexts))
+
+
+def frame_masks(chosen: Sequence[Prompted], views: Sequence[View], frame: int) -> Tensor:
+    """Masks of all phrases in the frame, bool[B, K, S, S]; padding rows are empty."""
+    num_prompts = max(1, *(len(item.phrases) for item in chosen))
+    masks = torch.zeros(len(chosen), num_prompts, frame, frame, dtype=torch.bool)
+    for image, (item, view) in enumerate(zip(chosen, views, strict=True)):
+        for number, phrase in enumerate(item.phrases):
+            masks[image, number] = see_mask(phrase, view, frame)
+    return masks

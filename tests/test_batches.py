@@ -26,7 +26,7 @@ from pixelllm.mixture import assemble
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Phrase, Piece, Record
 from pixelllm.tokenizer import train_tokenizer
-from pixelllm.training.captioning import predict, weighted_losses
+from pixelllm.training.objectives import places_loss, weighted_losses
 
 TEXTS = ["a red car", "a red car and a very small blue ball", "a ball", "blue", "an object of "]
 LIMITS = TextLimits(begin_id=0, max_tokens=48, max_context=8)
@@ -155,8 +155,9 @@ def model(tokenizer) -> PixelLLM:
 
 def forward(model: PixelLLM, batch: Batch):
     with torch.no_grad():
-        prediction = predict(model, batch)
-        return prediction, weighted_losses(prediction, batch, model, model.config)
+        features = model.encode(batch.images, batch.sizes, batch.features)
+        prediction = model.read(features, batch.sizes, batch.boxes, batch.text)
+        return prediction, weighted_losses(model, batch, model.config.loss)
 
 
 def test_padding_changes_nothing(model, tokenizer, tmp_path):
@@ -213,7 +214,7 @@ def test_a_source_without_points_gives_the_point_head_no_gradient(model, tokeniz
     ):
         model.zero_grad()
         batch = batch_of(tokenizer, *chosen, source=source)
-        sum(weighted_losses(predict(model, batch), batch, model, model.config).values()).backward()
+        sum(weighted_losses(model, batch, model.config.loss).values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert all(not g.any() for n, g in gradients.items() if n.startswith(silent))
         assert any(g.any() for n, g in gradients.items() if n.startswith(speaking))
@@ -229,6 +230,6 @@ def test_points_are_compared_in_units_of_the_frame(model, tokenizer, tmp_path):
         points = batch.points.clone()
         points[..., axis] += 0.1
         moved = prediction._replace(points=points)
-        losses.append(weighted_losses(moved, batch, model, model.config)["point"])
-    torch.testing.assert_close(losses[0], torch.tensor(0.1 / 2 * model.config.loss.point))
+        losses.append(places_loss(moved, batch, model.config.model.frame))
+    torch.testing.assert_close(losses[0], torch.tensor(0.1 / 2))
     torch.testing.assert_close(losses[1], losses[0] / 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelllm.batches import Batch, Prompted, TextLimits, random_views
+from pixelllm.batches import Batch, TextLimits
 from pixelllm.config import Source
 from pixelllm.mixture import (
     Mixture,
@@ -146,7 +146,8 @@ def test_loss_weights_are_those_of_the_source(table, tokenizer):
     sources = (replace(SOURCES[0], text_weight=0.5), replace(SOURCES[1], point_weight=0.0))
     stream = mixture(table, tokenizer, sources)
     found = {
-        (int(stream.picks[i]), stream[i].text_weight, stream[i].point_weight) for i in range(12)
+        (int(stream.picks[i]), stream[i].source.text_weight, stream[i].source.point_weight)
+        for i in range(12)
     }
     assert found == {(0, 0.5, 1.0), (1, 1.0, 0.0)}
 
@@ -183,25 +184,6 @@ def test_a_template_takes_the_context_of_the_phrase():
     phrase = Phrase("p", "referring", "x", context="the {} car")
     assert fill("where is {}?", phrase) == "where is the {} car?"
     assert fill("plain", phrase) == "plain"
-
-
-def test_a_random_view_moves_boxes_with_the_pixels(tmp_path) -> None:
-    """Catches a crop that leaves places in the coordinates of the whole image."""
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[10:30, 20:60] = 255  # the box in [0, 1]: 0.25, 0.25, 0.75, 0.75
-    path = tmp_path / "a.png"
-    Image.fromarray(pixels).save(path)
-    box = (0.25, 0.25, 0.75, 0.75)
-    phrase = Phrase("a/0", "region", "white box", prompt_box=box, target_box=box)
-    item = Prompted(Record("a", (40, 80), (phrase,), path=str(path)), (phrase,), ("",))
-    generator = torch.Generator().manual_seed(3)
-    images, sizes, views = random_views([item] * 8, 64, (1.0, 1.5), generator)
-    for image, size, view in zip(images, sizes.tolist(), views, strict=True):
-        seen = (image[0, : size[0], : size[1]] > 127).nonzero()
-        expected = torch.tensor(view.phrases[0].target_box) * torch.tensor([*size[::-1]] * 2)
-        found = torch.cat([seen.amin(0).flip(0), seen.amax(0).flip(0) + 1]).float()
-        torch.testing.assert_close(found, expected, atol=1.5, rtol=0)
-    assert len({tuple(view.phrases[0].target_box) for view in views}) > 4
 
 
 def test_random_scales_and_cached_features_exclude_each_other(table: Table) -> None:

@@ -39,11 +39,17 @@ class ImageFeatures(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """`logits` float32[R, T, V] of the next token; `points` float32[R, T, 2, 2], the top-left and
-    bottom-right corner of what each *input* token is about, in [0, 1] of the image."""
+    """What the model says of given words.
+
+    `logits` float32[R, T, V] of the next token; `points` float32[R, T, 2, 2], the top-left and
+    bottom-right corner of what each *input* token is about, in [0, 1] of the image; `prefix`
+    float[B, K, N, D], the visual tokens, and `hidden` float[R, T, D], the features of the words.
+    """
 
     logits: Tensor
     points: Tensor
+    prefix: Tensor
+    hidden: Tensor
 
 
 class ImageBranch(nn.Module):
@@ -144,9 +150,13 @@ class PixelLLMNetwork(nn.Module):
             text: of the R rows.
             features: outputs of frozen branches by name ("sam", "eva02"), instead of running them.
         """
-        prefix = self.prefix(self.encode(images, sizes, features or {}), sizes, boxes)
+        return self.read(self.encode(images, sizes, features or {}), sizes, boxes, text)
+
+    def read(self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, text: Text) -> Prediction:
+        """`forward` from the features of the images."""
+        prefix = self.prefix(features, sizes, boxes)
         hidden = self.language(prefix.flatten(0, 1), *text)  # (R, T, D)
-        return Prediction(self.language.logits(hidden), self.point_head(hidden))
+        return Prediction(self.language.logits(hidden), self.point_head(hidden), prefix, hidden)
 
     def encode(self, images: Tensor, sizes: Tensor, features: dict[str, Tensor]) -> ImageFeatures:
         """What the encoders see; `features` are outputs of frozen ones, instead of running them."""
@@ -170,20 +180,18 @@ class PixelLLMNetwork(nn.Module):
         return self.projection(tokens)
 
     def segment(
-        self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, prefix: Tensor, hidden: Tensor
+        self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, prediction: Prediction
     ) -> tuple[Tensor, Tensor]:
         """Masks of the things in boxes, through the mask head.
 
         Args:
-            features: of the images.
-            sizes: int64[B, 2].
             boxes: float32[B, K, 4], xyxy in [0, 1] of the image; they get no gradient.
-            prefix: float[B, K, N, D], visual tokens of the rows.
-            hidden: float[R, T, D], features of the words of the rows.
+            prediction: of the words that say what is in the boxes.
 
         Returns:
             Logits float[B, K, 4h', 4w'] over the padded frame and predicted IoU float[B, K].
         """
         boxes_px = to_pixels(boxes.detach().float(), sizes)
-        hidden = hidden.unflatten(0, boxes.shape[:2])  # (B, K, T, D)
-        return self.mask_head(features.sam, boxes_px, self.prompt_encoder, prefix, hidden)
+        hidden = prediction.hidden.unflatten(0, boxes.shape[:2])  # (B, K, T, D)
+        words = (prediction.prefix, hidden)
+        return self.mask_head(features.sam, boxes_px, self.prompt_encoder, *words)

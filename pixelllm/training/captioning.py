@@ -15,9 +15,7 @@ from pixelllm.batches import Batch, TextLimits
 from pixelllm.checkpoints import write_text
 from pixelllm.config import Config
 from pixelllm.feature_cache import FeatureCache
-from pixelllm.losses import point_loss, text_loss
 from pixelllm.mixture import Mixture
-from pixelllm.models.pixelllm import PixelLLMNetwork, Prediction
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.records import Phrase
@@ -25,6 +23,7 @@ from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.loop import Stage
 from pixelllm.training.naming import load_eva02_run
+from pixelllm.training.objectives import weighted_losses
 from pixelllm.training.optimizer import freeze
 from pixelllm.training.promptable import check_same, load_sam_run
 
@@ -77,7 +76,7 @@ def build_stage(
     )
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        return weighted_losses(predict(model, batch), batch, model, config)
+        return weighted_losses(model, batch, config.loss)
 
     def validate() -> dict[str, float]:
         terms = [loss(val_batches[i].to(device)) for i in range(len(val_batches))]
@@ -98,44 +97,6 @@ def sample_phrases(batches: Mixture, count: int = 500) -> list[Phrase]:
     records = (source[position] for position in range(min(count, len(source.rows))))
     task = source.source.task
     return [next(p for p in record.phrases if p.task == task) for record in records]
-
-
-def predict(model: PixelLLMNetwork, batch: Batch) -> Prediction:
-    """The model's teacher-forced prediction for a batch."""
-    return model(batch.images, batch.sizes, batch.boxes, batch.text, batch.features)
-
-
-def weighted_losses(
-    prediction: Prediction, batch: Batch, model: PixelLLM, config: Config
-) -> dict[str, Tensor]:
-    """Text and point loss with the weights of the recipe and of the batch's source.
-
-    Points are compared in units of the padded frame, so that a weight of 0.1 * frame is the
-    official 0.1 on pixels.
-    """
-    language, row_valid = model.language, ~batch.row_padding
-    text = text_loss(
-        prediction.logits,
-        # Padding may share its id with a real token, so the loss gets an id of its own.
-        batch.text.token_ids.masked_fill(batch.text.token_padding, -100),
-        row_valid,
-        pad_id=-100,
-        eos_id=language.eos_id,
-        smoothing=config.loss.smoothing,
-    )
-    num_prompts = batch.boxes.shape[1]
-    frame_share = batch.sizes.flip(-1).float() / config.model.frame  # (B, 2), x and y
-    scale = frame_share.repeat_interleave(num_prompts, dim=0)[:, None, None]  # (R, 1, 1, 2)
-    points = point_loss(
-        prediction.points * scale,
-        batch.points * scale,
-        batch.with_points & row_valid[:, None],
-        kind="l1",
-    )
-    return {
-        "text": config.loss.text * batch.text_weight * text,
-        "point": config.loss.point * batch.point_weight * points,
-    }
 
 
 def text_limits(config: Config, model: PixelLLM) -> TextLimits:

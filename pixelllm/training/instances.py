@@ -8,16 +8,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixelllm.batches import frame_images
 from pixelllm.config import Source
-from pixelllm.images import pad_frame, resize_masks
-from pixelllm.mixture import SourceRecords
+from pixelllm.mixture import NO_IMAGE, SourceRecords
 from pixelllm.records import Phrase
 from pixelllm.tables import Table
+from pixelllm.views import View, see_mask
 
 TASK = "region"
 MASK_STRIDE = 4  # SAM's mask decoder answers at a quarter of the frame
@@ -110,10 +109,9 @@ class Instances(Dataset):
 
 def small_masks(phrases: Sequence[Phrase], size: tuple[int, int], frame: int) -> Tensor:
     """Masks in the padded frame at a quarter of its resolution, bool[K, S/4, S/4]."""
-    pixels = coco_mask.decode([phrase.mask for phrase in phrases])  # (H, W, K)
-    masks = pad_frame(resize_masks(torch.from_numpy(pixels).permute(2, 0, 1), size), frame)
-    half = MASK_STRIDE // 2
-    return masks[:, half::MASK_STRIDE, half::MASK_STRIDE].bool()
+    view, half = View(NO_IMAGE, size), MASK_STRIDE // 2
+    masks = torch.stack([see_mask(phrase, view, frame) for phrase in phrases])
+    return masks[:, half::MASK_STRIDE, half::MASK_STRIDE]
 
 
 def words_of_regions(tables: Sequence[Table]) -> list[str]:
