@@ -111,3 +111,20 @@ class Inputs:
         """Points of R rows in pixels, with the axes of the official output."""
         B = len(self.sizes)
         return points.unflatten(0, (B, -1)) * self.scale[:, None, None, None, :2]
+
+
+def mask_adapter_state(weights: flax_weights.Weights) -> flax_weights.StateDict:
+    names = (
+        ("output_tokens.weight", "output_tokens"),
+        ("alpha_output.weight", "alpha"),
+        ("visual_projection_mlp.", "prefix_projection."),
+        ("textual_projection_mlp.", "hidden_projection."),
+        ("projection.LayerNorm_0", "projection.0"),
+        ("projection.layers.0", "projection.1"),
+    )
+    state = {}
+    for key, value in flax_weights.plain(weights).items():
+        for flax, torch_name in names:
+            key = key.replace(flax, torch_name)
+        state[key] = value
+    return state
