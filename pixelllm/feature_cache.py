@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pixelllm.batches import frame_images
+from pixelllm.files import write_text, written_whole
 from pixelllm.images import resize_size
 from pixelllm.models.pixelllm import ImageBranch
 from pixelllm.records import Record
@@ -112,12 +112,10 @@ class FeatureCache:
         number = 1 + max((shard for shard, _ in self._places.values()), default=-1)
         for name in self.encoders:
             array = torch.cat([part[name] for part in parts]).numpy()
-            beside = self.folder / f"{number:06d}-{name}.partial.npy"
-            np.save(beside, array)
-            os.replace(beside, self.folder / f"{number:06d}-{name}.npy")
-        beside = self.folder / f"{number:06d}.partial"
-        beside.write_text(json.dumps(digests))
-        os.replace(beside, self.folder / f"{number:06d}.json")
+            shard = self.folder / f"{number:06d}-{name}.npy"
+            with written_whole(shard) as beside, beside.open("wb") as file:
+                np.save(file, array)
+        write_text(self.folder / f"{number:06d}.json", json.dumps(digests))
         self._places.update((digest, (number, row)) for row, digest in enumerate(digests))
 
     def lookup(self, records: Sequence[Record]) -> dict[str, Tensor]:

@@ -9,15 +9,14 @@ are drawn on its border. Words say when they are spoken by their length: `word_t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from pixelllm.files import written_whole
 from pixelllm.images import open_image
 
 # One hue after another at about the same lightness: dark text stays readable on all of them.
@@ -102,20 +101,6 @@ def text_between(caption: dict[str, Any]) -> tuple[list[str], str]:
         gaps.append(caption["caption"][cursor:start])
         cursor = start + len(word["text"])
     return gaps, caption["caption"][cursor:]
-
-
-@contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
-    """A path beside `path` to write to; takes its name at the end, is removed on any error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def fit(image: Image.Image, longest: int) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
+from pixelllm.files import written_whole
 from pixelllm.records import FEATURES, Record, from_row, to_row
 
 ARROW_FILE = "records.arrow"
@@ -28,20 +28,12 @@ def write_table(records: Iterable[Record], path: Path | str, report: dict[str, A
     path = Path(path)
     if path.exists() and not (path / ARROW_FILE).exists():
         raise FileExistsError(f"{path} exists and is not a table of records; choose another name")
-    beside = path.with_name(path.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
+    with written_whole(path) as beside:
+        beside.mkdir()
         count = _write_arrow(records, beside / ARROW_FILE)
         if count == 0:
             raise ValueError(f"{path}: no record to write; report: {json.dumps(report)}")
         (beside / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        if path.exists():
-            shutil.rmtree(path)
-        beside.rename(path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return count
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from pixelllm.files import written_whole
 from pixelllm.pictures import (
     check_caption,
     fit,
@@ -26,7 +27,6 @@ from pixelllm.pictures import (
     text_between,
     word_color,
     word_times,
-    written_whole,
 )
 
 LONGEST, THUMBNAIL = 1024, 480  # pixels of the longer side

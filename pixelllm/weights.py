@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-MAX_NAMED = 8  # keys that an error lists of each kind
+MAX_NAMED = 8  # tensors that an error lists of each kind
 # What torch's restricted unpickler and both readers raise on files that are something else.
 UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError,
@@ -66,28 +66,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict(strict=True)` whose error names the source and lists every difference.
-
-    Raises:
-        ValueError: keys are missing, extra or misshapen; the module is then unchanged.
-    """
-    expected = module.state_dict()
-    faults = {
-        "missing": [key for key in expected if key not in state],
-        "extra": [key for key in state if key not in expected],
-        "misshapen": [
-            f"{key} (is {tuple(state[key].shape)}, should be {tuple(value.shape)})"
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    lines = [f"\n  {len(keys)} {kind}: {_first(keys)}" for kind, keys in faults.items() if keys]
-    if lines:
-        head = f"{source}: these weights do not fit the model of this configuration"
-        raise ValueError(head + "".join(lines))
+    """`load_state_dict(strict=True)` with the error of `require_fit`, before anything is loaded."""
+    require_fit(state, module.state_dict(), source)
     module.load_state_dict(state)
 
 
-def _first(keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(keys[:MAX_NAMED]) + more
+def require_fit(state: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Raise ValueError naming the source and what is missing, unexpected or of another shape."""
+    shapes = {name: (tuple(state[name].shape), tuple(expected[name].shape))
+              for name in sorted(expected.keys() & state.keys())}  # fmt: skip
+    faults = (
+        [f"missing {name}" for name in sorted(expected.keys() - state.keys())],
+        [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())],
+        [
+            f"{name} is {got}, expected {want}"
+            for name, (got, want) in shapes.items()
+            if got != want
+        ],
+    )
+    if any(faults):
+        head = f"{source}: these weights do not fit the model of this configuration"
+        raise ValueError("".join([head, *(f"\n  {_first(lines)}" for lines in faults if lines)]))
+
+
+def _first(lines: list[str]) -> str:
+    more = f" and {len(lines) - MAX_NAMED} more" if len(lines) > MAX_NAMED else ""
+    return "; ".join(lines[:MAX_NAMED]) + more

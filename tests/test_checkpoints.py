@@ -22,7 +22,6 @@ from pixelllm.checkpoints import (
     save_config,
     save_weights,
     write_tensors,
-    write_text,
 )
 from pixelllm.config import Config, SamPretraining
 from pixelllm.pretrained import PixelLLM
@@ -146,13 +145,6 @@ def test_a_full_disk_leaves_the_weights_of_before(tmp_path: Path, monkeypatch):
         save_weights(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path: Path):
-    write_text(tmp_path / "a.json", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a.json", "new \ud800")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch) -> None:

@@ -20,7 +20,6 @@ from pixelllm.pictures import (
     word_times,
     write_gif,
     write_still,
-    written_whole,
 )
 
 
@@ -174,17 +173,6 @@ def test_rotated_photo_is_shown_upright(caption, tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     caption |= {"image": tmp_path / "turned.jpg", "size_hw": [60, 40]}
     assert still(caption, longest=300).width == 200
-
-
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    target = tmp_path / "out" / "page.html"
-    with written_whole(target) as beside:
-        beside.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(target) as beside:
-        beside.write_text("half")
-        raise KeyboardInterrupt
-    assert [p.name for p in target.parent.iterdir()] == ["page.html"]
-    assert target.read_text() == "old"
 
 
 def test_write_still_is_a_png(caption, tmp_path):

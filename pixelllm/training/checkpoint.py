@@ -8,19 +8,17 @@ last few are kept, and the one with the best validation score.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pixelllm.checkpoints import misfits
-from pixelllm.weights import read_weights
+from pixelllm.checkpoints import own_tensors, write_tensors
+from pixelllm.files import written_whole
+from pixelllm.weights import read_weights, require_fit
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -35,9 +33,9 @@ class TrainingState:
 
     def weights(self) -> dict[str, Tensor]:
         """Trainable parameters, and buffers such as the running statistics of a norm."""
-        saved = self.model.state_dict().keys()
-        buffers = {name: b for name, b in self.model.named_buffers() if name in saved}
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad} | buffers
+        tensors = own_tensors(self.model)
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments and random state under flat names."""
@@ -53,13 +51,14 @@ class TrainingState:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`. Raises ValueError naming the keys that do not fit."""
         weights = self.weights()
-        _check_weights(weights, tensors)
+        stored = {key[7:]: tensor for key, tensor in tensors.items() if key[:7] == "weight."}
+        require_fit(stored, weights, "the checkpoint")
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
         for name, weight in weights.items():
             with torch.no_grad():
-                weight.copy_(tensors[f"weight.{name}"])
+                weight.copy_(stored[name])
             if f"exp_avg.{name}" in tensors:
                 moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
                 self.optimizer.state[weight] = {
@@ -67,13 +66,6 @@ class TrainingState:
                     moment: value if moment == "step" else value.to(weight.device)
                     for moment, value in moments.items()
                 }
-
-
-def _check_weights(weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    stored = {key.removeprefix("weight."): t for key, t in tensors.items() if key[:7] == "weight."}
-    problems = misfits(stored, weights)
-    if problems:
-        raise ValueError("the checkpoint does not fit the recipe: " + "; ".join(problems))
 
 
 class CheckpointFolder:
@@ -96,21 +88,16 @@ class CheckpointFolder:
 
     def save(self, step: int, state: TrainingState) -> None:
         """Write the checkpoint, then remove what need not be kept."""
-        beside = self.folder / f"partial-{step:08d}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        facts = {"step": step, "scores": state.scores}
         try:
-            save_file(state.tensors(), beside / "state.safetensors")
-            (beside / "state.json").write_text(json.dumps({"step": step, "scores": state.scores}))
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            os.replace(beside, self.path(step))
-        except (OSError, SafetensorError) as error:
+            with written_whole(self.path(step)) as beside:
+                write_tensors(state.tensors(), beside / "state.safetensors")
+                (beside / "state.json").write_text(json.dumps(facts))
+        except OSError as error:
             raise OSError(
                 f"{self.path(step)} could not be written ({error}); checkpoints before it are "
                 "intact: make room and go on with --resume"
             ) from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         self._remove_old()
 
     def require_none(self) -> None:
