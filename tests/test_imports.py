@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # Lower layers never import higher ones.
 LAYERS = (
     ("pixelllm.models", "pixelllm.weights", "pixelllm.losses", "pixelllm.boxes", "pixelllm.images",
-     "pixelllm.config", "pixelllm.decoding", "pixelllm.devices", "pixelllm.files"),
+     "pixelllm.config", "pixelllm.decoding", "pixelllm.devices", "pixelllm.files",
+     "pixelllm.centers", "pixelllm.detection"),
     ("pixelllm.records", "pixelllm.tables", "pixelllm.alignment", "pixelllm.tokenizer",
      "pixelllm.checkpoints", "pixelllm.recipes", "pixelllm.generation", "pixelllm.model_card",
      "pixelllm.batches", "pixelllm.feature_cache", "pixelllm.mixture", "pixelllm.processor",
