@@ -3,8 +3,9 @@
     python -m data.scenes runs/scenes --train 20000 --val 500 --seed 0
     python -m data.scenes runs/crowded --train 4000 --objects 10 14 --min-size 0.13 --max-size 0.3
 
-Writes JPEG images, Localized Narratives JSON Lines, COCO instances and captions, and a truth
-file that says which object every mention is about. Scene i of a split depends on the seed, the
+Writes JPEG images; narratives, instances, captions, referring expressions, regions and
+conversations in the layouts of the corpora (`data.scene_layouts`); and a truth file that says
+which object every mention and expression is about. Scene i of a split depends on the seed, the
 split, i and the world, on nothing else.
 """
 
@@ -15,24 +16,28 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from data.scene_expressions import expressions, questions, region_phrase
 from data.scene_images import draw_scene
-from data.scene_narrations import BACKDROPS, Narration, Order, Verbosity, narrate
-from data.scene_worlds import COLOURS, KINDS, Scene, World, plan_scene
+from data.scene_layouts import Entries, Example, entries_of, write_annotations
+from data.scene_narrations import Order, Verbosity, narrate
+from data.scene_worlds import Scene, World, plan_scene
 
 OPTIONS_FILE = "scenes.json"
+FORMAT = 2  # of the written files; folders of another one are not taken for complete
 FIRST_ID = {"train": 1, "val": 900_000_001}
+IDS_PER_SCENE = 1000  # more than 128 objects with three expressions each
 JPEG_QUALITY = 92
 MIN_VISIBLE = 0.3  # scenes that hide more of an object are drawn again
 
@@ -71,33 +76,35 @@ class Options:
         """Everything the content depends on."""
         values = asdict(self)
         del values["out"], values["num_proc"]
-        return json.loads(json.dumps(values))
-
-
-@dataclass(frozen=True)
-class Example:
-    """A scene with all that is written about it."""
-
-    image_id: int
-    scene: Scene
-    image: np.ndarray  # uint8[H, W, 3]
-    masks: np.ndarray  # bool[n, H, W], visible parts
-    boxes: np.ndarray  # float[n, 4], xyxy in [0, 1], of the visible parts
-    narration: Narration
-    annotator: int
+        return json.loads(json.dumps({"format": FORMAT, **values}))
 
 
 def make_example(options: Options, split: str, index: int) -> Example:
-    """Scene `index` of a split, with its picture and narration."""
+    """Scene `index` of a split, with its picture and all that is said about it.
+
+    Picture, narration and expressions have generators of their own: other words, same picture.
+    """
     seeds = [options.seed, FIRST_ID[split], index]
     rng = np.random.default_rng([*seeds, 0])
     with_held_out = split == "val" and rng.random() < options.held_out_scenes
     scene, image, masks = _drawn(rng, options.world, with_held_out)
     boxes = np.stack([_box(mask) for mask in masks])
-    voice = np.random.default_rng([*seeds, 1])  # its own, so that wording changes no picture
-    narration = narrate(voice, scene, boxes, options.order, options.verbosity)
-    image_id, annotator = FIRST_ID[split] + index, int(voice.integers(100))
-    return Example(image_id, scene, image, masks, boxes, narration, annotator)
+    voice = np.random.default_rng([*seeds, 1])
+    writer, is_train = Random(" ".join(map(str, seeds))), split == "train"
+    return Example(
+        split=split,
+        image_id=FIRST_ID[split] + index,
+        first_id=FIRST_ID[split] + IDS_PER_SCENE * index,
+        scene=scene,
+        image=image,
+        masks=masks,
+        boxes=boxes,
+        narration=narrate(voice, scene, boxes, options.order, options.verbosity),
+        annotator=int(voice.integers(100)),
+        phrases=[region_phrase(writer, thing) for thing in scene.objects],
+        expressions=expressions(writer, scene, is_train),
+        questions=questions(writer, scene, options.world, is_train),
+    )
 
 
 def _drawn(
@@ -119,87 +126,12 @@ def _box(mask: np.ndarray) -> np.ndarray:
     return pixels / (width, height, width, height)
 
 
-def narrative_line(example: Example, split: str) -> dict[str, Any]:
-    """The published Localized Narratives fields."""
-    name = f"scenes_{split}"
-    return {
-        "dataset_id": name,
-        "image_id": str(example.image_id),
-        "annotator_id": example.annotator,
-        "caption": example.narration.caption,
-        "timed_caption": example.narration.timed_caption,
-        "traces": example.narration.traces,
-        "voice_recording": f"{name}/{name}_{example.image_id}_{example.annotator}.ogg",
-    }
-
-
-def truth_line(example: Example) -> dict[str, Any]:
-    """What evaluation may know: boxes, and which object each mention is about."""
-    objects = [
-        {"kind": thing.kind, "colour": thing.colour, "size": thing.size,
-         "box": [round(value, 5) for value in box],
-         "center": [round(value, 5) for value in thing.center], "heldout_pair": thing.held_out}
-        for thing, box in zip(example.scene.objects, example.boxes.tolist(), strict=True)
-    ]  # fmt: skip
-    return {
-        "image_id": str(example.image_id),
-        "background": example.scene.background,
-        "heldout_pair": any(thing["heldout_pair"] for thing in objects),
-        "objects": objects,
-        "mentions": example.narration.mentions,
-    }
-
-
-def categories() -> list[dict[str, Any]]:
-    """Every colour and kind, in a fixed order with ids from 1 on."""
-    entries = [{"name": f"{c} {kind}", "supercategory": kind} for kind in KINDS for c in COLOURS]
-    return [{"id": index, **entry} for index, entry in enumerate(entries, start=1)]
-
-
-def instances(example: Example) -> list[dict[str, Any]]:
-    """COCO instance annotations, without ids."""
-    height, width = example.scene.size
-    encoded = coco_mask.encode(np.asfortranarray(example.masks.transpose(1, 2, 0).astype(np.uint8)))
-    ids = {entry["name"]: entry["id"] for entry in categories()}
-    boxes_px = example.boxes * (width, height, width, height)
-    return [
-        {
-            "image_id": example.image_id,
-            "category_id": ids[f"{thing.colour} {thing.kind}"],
-            "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
-            "area": int(mask.sum()),
-            "iscrowd": 0,
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-            "attributes": {"colour": thing.colour, "kind": thing.kind, "size": thing.size},
-        }
-        for thing, mask, (x0, y0, x1, y1), rle in zip(
-            example.scene.objects, example.masks, boxes_px, encoded, strict=True
-        )
-    ]
-
-
-def short_caption(example: Example) -> str:
-    """A caption as in COCO: what is there, and in front of what."""
-    names = [f"{thing.colour} {thing.kind}" for thing in example.scene.objects]
-    names = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    things = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    sentence = f"{things} in front of {BACKDROPS[example.scene.background]}."
-    return sentence[0].upper() + sentence[1:]
-
-
-def _write_example(options: Options, folder: Path, split: str, index: int) -> dict[str, Any]:
-    """Write the image; returns the parts of the annotation files as text and plain values."""
+def _write_example(options: Options, folder: Path, split: str, index: int) -> Entries:
+    """Write the image; returns what the scene adds to the annotation files."""
     example = make_example(options, split, index)
-    height, width = example.scene.size
-    name = f"{example.image_id:012d}.jpg"
-    Image.fromarray(example.image).save(folder / split / name, quality=JPEG_QUALITY, subsampling=0)
-    return {
-        "narrative": json.dumps(narrative_line(example, split)),
-        "truth": json.dumps(truth_line(example)),
-        "image": {"id": example.image_id, "file_name": name, "height": height, "width": width},
-        "instances": instances(example),
-        "caption": {"image_id": example.image_id, "caption": short_caption(example)},
-    }
+    picture = Image.fromarray(example.image)
+    picture.save(folder / split / example.file_name, quality=JPEG_QUALITY, subsampling=0)
+    return entries_of(example)
 
 
 def write_scenes(options: Options) -> bool:
@@ -214,11 +146,7 @@ def write_scenes(options: Options) -> bool:
     shutil.rmtree(beside, ignore_errors=True)
     (beside / "annotations").mkdir(parents=True)
     try:
-        for split, count in (("train", options.train), ("val", options.val)):
-            if count:
-                (beside / split).mkdir()
-                parts = _parts(options, beside, split, count)
-                _write_split(tqdm(parts, f"{split} scenes", count), beside, split)
+        write_annotations(_entries(options, beside), beside / "annotations")
         (beside / OPTIONS_FILE).write_text(json.dumps(options.described(), indent=2) + "\n")
         if out.exists():
             out.rmdir()
@@ -229,13 +157,22 @@ def write_scenes(options: Options) -> bool:
     return True
 
 
-def _parts(options: Options, folder: Path, split: str, count: int) -> Iterator[dict[str, Any]]:
-    work = partial(_write_example, options, folder, split)
-    if options.num_proc == 1:
+def _entries(options: Options, folder: Path) -> Iterator[Entries]:
+    """Write the images of every split one after the other, telling how far it is."""
+    for split, count in (("train", options.train), ("val", options.val)):
+        if not count:
+            continue
+        (folder / split).mkdir()
+        work = partial(_write_example, options, folder, split)
+        yield from tqdm(_in_processes(work, count, options.num_proc), f"{split} scenes", count)
+
+
+def _in_processes(work: Callable[[int], Entries], count: int, num_proc: int) -> Iterator[Entries]:
+    if num_proc == 1:
         yield from map(work, range(count))
         return
     context = multiprocessing.get_context("spawn")  # safe beside threads
-    with context.Pool(options.num_proc) as pool:
+    with context.Pool(num_proc) as pool:
         yield from pool.imap(work, range(count), chunksize=16)
 
 
@@ -252,28 +189,6 @@ def _is_complete(options: Options) -> bool:
         found = f"scenes of other options (not the same {', '.join(differing)})"
         raise FileExistsError(f"{out} holds {found}; remove it or choose another folder")
     return True
-
-
-def _write_split(parts: Iterable[dict[str, Any]], folder: Path, split: str) -> None:
-    annotations = folder / "annotations"
-    info = {"description": f"procedural scenes, {split}", "version": "1.0"}
-    images, boxes, captions = [], [], []
-    with (
-        open(annotations / f"scenes_{split}_localized_narratives.jsonl", "w") as narratives,
-        open(annotations / f"scenes_{split}_truth.jsonl", "w") as truth,
-    ):
-        for part in parts:
-            narratives.write(part["narrative"] + "\n")
-            truth.write(part["truth"] + "\n")
-            images.append(part["image"])
-            boxes += [{"id": len(boxes) + n, **box} for n, box in enumerate(part["instances"], 1)]
-            captions.append({"id": len(captions) + 1, **part["caption"]})
-    head = {"info": info, "licenses": [], "images": images}
-    for name, content in (
-        ("instances", {**head, "annotations": boxes, "categories": categories()}),
-        ("captions", {**head, "annotations": captions}),
-    ):
-        (annotations / f"{name}_{split}.json").write_text(json.dumps(content))
 
 
 def main() -> None:

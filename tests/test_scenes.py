@@ -16,9 +16,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from data.scene_images import SHAPES, draw_scene
+from data.scene_layouts import narrative_line, short_caption
 from data.scene_narrations import BACKDROPS, narrate, object_mentions
 from data.scene_worlds import BACKGROUNDS, COLOURS, KINDS, Scene, SceneObject, World, plan_scene
-from data.scenes import Options, make_example, narrative_line, short_caption, write_scenes
+from data.scenes import Options, make_example, write_scenes
 
 LN_FIELDS = {
     "dataset_id", "image_id", "annotator_id", "caption", "timed_caption", "traces",
@@ -349,7 +350,7 @@ def test_other_worlds_are_possible():
         example = make_example(options, "val", index)
         assert example.image.shape == (96, 200, 3) and example.masks.any(axis=(1, 2)).all()
         assert not (example.masks.sum(axis=0) > 1).any()  # visible parts do not overlap
-        assert len(object_mentions(narrative_line(example, "val")["caption"])) == len(example.boxes)
+        assert len(object_mentions(narrative_line(example)["caption"])) == len(example.boxes)
     alone = replace(options, world=World(objects=(1, 1)))
     assert " and " not in short_caption(make_example(alone, "train", 0))
 
