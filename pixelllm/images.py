@@ -165,6 +165,30 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(masks[None], size, mode="nearest-exact")[0]
 
 
+def restore_mask(
+    logits: Tensor, size: tuple[int, int], frame: int, image_size: tuple[int, int]
+) -> Tensor:
+    """A mask of the original image from logits over its padded frame, the evaluation's rule.
+
+    The part inside the image is cut out in whole cells, rounded down, enlarged bilinearly without
+    antialiasing, and what is above 0 is foreground.
+
+    Args:
+        logits: float[h, w]; one mask, because those of a large photograph fill the memory.
+        size: unpadded (H, W) inside the frame.
+        frame: side of the frame.
+        image_size: (H, W) of the original image.
+
+    Returns:
+        bool[H, W].
+    """
+    h, w = (
+        max(int(side * (cells / frame)), 1) for side, cells in zip(size, logits.shape, strict=True)
+    )
+    logits = logits[None, None, :h, :w].float()
+    return F.interpolate(logits, image_size, mode="bilinear", align_corners=False)[0, 0] > 0
+
+
 def crop_points(points: Tensor, window: Tensor) -> Tensor:
     """Points seen through a window, moved onto its border where they lie outside.
 

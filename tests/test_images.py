@@ -299,3 +299,41 @@ def test_what_lies_in_the_padding_changes_nothing():
         images.normalise(x, sizes, (120, 110, 100), (50, 60, 70), (8, 8)) for x in (frame, other)
     )
     assert torch.equal(ours, theirs)
+
+
+# Masks
+
+
+def test_golden_masks_of_the_original_image():
+    """Catches a mask cut at the frame instead of the image, and cells of another alignment."""
+    case = load_golden_json("eval_refcoco.json")
+    areas = [
+        int(
+            images.restore_mask(
+                torch.tensor(logits),
+                example["size_hw"],
+                example["padded_size_hw"][0],
+                tuple(example["orig_size_hw"]),
+            ).sum()
+        )
+        for example in case["examples"]
+        for logits, expression in zip(
+            example["detection_masks"], example["refexp_ids"], strict=True
+        )
+        if expression > 0
+    ]
+    assert areas == case["expected"]["prediction_mask_area"]
+
+
+def test_a_restored_mask_covers_the_image_and_not_its_padding():
+    logits = torch.full((8, 8), -1.0)
+    logits[:, :3] = 1.0  # left half of an image of 32 x 24 in a frame of 32
+    mask = images.restore_mask(logits, (32, 24), 32, (640, 480))
+    assert mask.shape == (640, 480)
+    assert mask[:, :239].all() and not mask[:, 241:].any()
+    logits[:, 6:] = 99.0  # on the padding
+    assert torch.equal(images.restore_mask(logits, (32, 24), 32, (640, 480)), mask)
+
+
+def test_an_image_thinner_than_a_cell_keeps_one():
+    assert images.restore_mask(torch.ones(8, 8), (1, 32), 32, (3, 96)).all()
