@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("pixelllm.models", "pixelllm.weights", "pixelllm.losses", "pixelllm.boxes", "pixelllm.images",
      "pixelllm.config", "pixelllm.decoding", "pixelllm.devices", "pixelllm.files",
-     "pixelllm.centers", "pixelllm.detection"),
+     "pixelllm.centers", "pixelllm.detection", "pixelllm.mask_codes"),
     ("pixelllm.records", "pixelllm.tables", "pixelllm.alignment", "pixelllm.tokenizer",
      "pixelllm.checkpoints", "pixelllm.recipes", "pixelllm.generation", "pixelllm.model_card",
      "pixelllm.batches", "pixelllm.feature_cache", "pixelllm.mixture", "pixelllm.processor",
