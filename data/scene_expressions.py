@@ -11,8 +11,9 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
+from typing import NamedTuple
 
 from data.scene_narrations import BACKDROPS, SIZE_WORDS
 from data.scene_worlds import Scene, SceneObject, World
@@ -33,8 +34,7 @@ LARGEST = {"largest": ("largest", "biggest"), "smallest": ("smallest",)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """What an expression says about the object it means; None where it says nothing.
 
     Args:
@@ -52,8 +52,7 @@ class Description:
     anchor: Description | None = None
 
 
-@dataclass(frozen=True)
-class Expression:
+class Expression(NamedTuple):
     """A referring expression and what evaluation may know about it.
 
     Args:
@@ -141,26 +140,27 @@ def expressions(rng: Random, scene: Scene, for_training: bool) -> list[Expressio
     """
     said = []
     for index, thing in enumerate(scene.objects):
-        name, *others = [d for d in _plain(scene, thing) if referent(scene, d) == index]
-        likely = [name, *rng.sample(others, min(len(others), 2))]
+        name, *others = _plain(thing)
+        rng.shuffle(others)
+        right = (d for d in others if referent(scene, d) == index)
+        likely = [name, *islice(right, 2)]
         chosen = rng.sample(likely, rng.choice((1, 1, 2)))
         chosen += _relational(rng, scene, index, for_training)
         said += [_expression(rng, scene, index, description) for description in chosen]
     return said
 
 
-def _plain(scene: Scene, thing: SceneObject) -> Iterator[Description]:
-    """By its attributes, or by the side it is on. Only the first two always say which one."""
-    kinds = Counter(other.kind for other in scene.objects)
-    yield Description(thing.kind, thing.colour)
-    yield Description(thing.kind, thing.colour, thing.size)
-    yield Description(thing.kind)
-    yield Description(colour=thing.colour)
-    if kinds[thing.kind] > 1:
-        yield Description(thing.kind, size=thing.size)
-    for side in SIDES:
-        yield Description(thing.kind, extreme=side)
-        yield Description(extreme=side)
+def _plain(thing: SceneObject) -> list[Description]:
+    """By its attributes, or by the side it is on; the first one always says which one it is."""
+    sides = [Description(k, extreme=side) for side in SIDES for k in (None, thing.kind)]
+    return [
+        Description(thing.kind, thing.colour),
+        Description(thing.kind, thing.colour, thing.size),
+        Description(thing.kind),
+        Description(thing.kind, size=thing.size),
+        Description(colour=thing.colour),
+        *sides,
+    ]
 
 
 def _relational(rng: Random, scene: Scene, index: int, for_training: bool) -> list[Description]:
@@ -168,15 +168,15 @@ def _relational(rng: Random, scene: Scene, index: int, for_training: bool) -> li
     thing, found = scene.objects[index], []
     others = [other for other in scene.objects if other is not thing]
     for _ in range(TRIES):
-        noun = Description(rng.choice((None, thing.kind)))
+        noun = rng.choice((None, thing.kind))
         if not others or rng.random() < 0.15:
-            description = replace(noun, extreme=rng.choice(list(LARGEST)))
+            description = Description(noun, extreme=rng.choice(list(LARGEST)))
         else:
             other, relation = rng.choice(others), rng.choice(list(RELATIONS))
             if for_training and is_held_back(thing.kind, relation, other.kind):
                 continue
             anchor = Description(other.kind, rng.choice((other.colour, other.colour, None)))
-            description = replace(noun, relation=relation, anchor=anchor)
+            description = Description(noun, relation=relation, anchor=anchor)
         if referent(scene, description) == index:
             found.append(description)
             if _needs_comparison(scene, description):

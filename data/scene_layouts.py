@@ -128,13 +128,11 @@ def truth_line(example: Example) -> dict[str, Any]:
         "heldout_pair": any(thing["heldout_pair"] for thing in objects),
         "objects": objects,
         "mentions": example.narration.mentions,
-        "expressions": [{"sent_id": number, **vars(said)} for number, said in _numbered(example)],
+        "expressions": [
+            {"sent_id": number, **said._asdict()}
+            for number, said in enumerate(example.expressions, example.first_id)
+        ],
     }
-
-
-def _numbered(example: Example) -> list[tuple[int, Expression]]:
-    """The expressions with their ids."""
-    return list(enumerate(example.expressions, example.first_id))
 
 
 def categories() -> list[dict[str, Any]]:
@@ -181,7 +179,7 @@ def short_caption(example: Example) -> str:
 def _refs(example: Example, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Objects with their expressions as in the `refs(*).p` of lichengunc/refer."""
     sentences = defaultdict(list)
-    for number, said in _numbered(example):
+    for number, said in enumerate(example.expressions, example.first_id):
         words = {"raw": said.text, "sent": said.text, "tokens": said.text.split()}
         sentences[said.object].append({"sent_id": number, **words})
     return [
@@ -204,7 +202,7 @@ def _mdetr(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """An image and an annotation for every expression, as in MDETR's `finetune_*.json`."""
     images, annotations, image = [], [], _image(example)
-    for number, said in _numbered(example):
+    for number, said in enumerate(example.expressions, example.first_id):
         span, thing = [[0, len(said.text)]], objects[said.object]
         images.append({**image, "id": number, "original_id": example.image_id,
                        "caption": said.text, "dataset_name": "scenes",
@@ -222,6 +220,7 @@ def _seqtr(example: Example, objects: list[dict[str, Any]]) -> list[dict[str, An
         said[expression.object].append(expression.text)
     return [
         {"image_id": example.image_id, "height": height, "width": width,
+         "data_source": "coco",  # names its images alike
          "bbox": thing["bbox"], "mask": thing["segmentation"], "expressions": said[index]}
         for index, thing in enumerate(objects) if said[index]
     ]  # fmt: skip
@@ -247,11 +246,11 @@ def _regions(example: Example, objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _image_data(example: Example) -> dict[str, Any]:
-    """An entry of Visual Genome's `image_data.json`."""
+    """An entry of Visual Genome's `image_data.json`, whose images are named after their ids."""
     height, width = example.scene.size
-    url = f"{example.split}/{example.file_name}"
-    return {"image_id": example.image_id, "width": width, "height": height, "url": url,
-            "coco_id": None, "flickr_id": None}  # fmt: skip
+    name = example.file_name
+    return {"image_id": example.image_id, "width": width, "height": height, "file_name": name,
+            "url": f"{example.split}/{name}", "coco_id": None, "flickr_id": None}  # fmt: skip
 
 
 def _llava(example: Example) -> dict[str, Any]:
