@@ -10,18 +10,29 @@ own tools (`pycocotools`).
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from data.localized_narratives import image_size
-from pixelllm.records import Box, Phrase, Record
+from data.annotations import (
+    Picture,
+    Size,
+    check_coco,
+    clean_text,
+    clip_box,
+    drop,
+    encode_mask,
+    load_json,
+    print_report,
+    read_record,
+    start_report,
+)
+from pixelllm.records import Phrase, Record
 from pixelllm.tables import write_table
 
 
@@ -40,7 +51,7 @@ def load_annotations(files: list[Path]) -> Annotations:
     """
     images, by_image, categories = {}, defaultdict(list), {}
     for file in files:
-        content = _load(file)
+        content = check_coco(file, load_json(file))
         images.update({image["id"]: image for image in content["images"]})
         categories.update({entry["id"]: entry["name"] for entry in content.get("categories", ())})
         for annotation in content["annotations"]:
@@ -53,25 +64,6 @@ def load_annotations(files: list[Path]) -> Annotations:
     return Annotations(images, by_image, categories)
 
 
-def _load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such annotation file")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from error
-    required = {"images": ("id", "file_name"), "annotations": ("id", "image_id")}
-    for part, keys in required.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"{file}: no list {part!r}; is it a COCO instances or captions file?")
-        for number, entry in enumerate(entries):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise ValueError(f"{file}: {part}[{number}] has no {', '.join(missing)}")
-    return content
-
-
 def read_records(
     annotations: Annotations, folder: Path, report: dict[str, Any], skip_missing: bool = False
 ) -> Iterator[Record]:
@@ -79,114 +71,60 @@ def read_records(
 
     Raises FileNotFoundError or ValueError naming the image or annotation.
     """
-    report.update(images=0, kept=0, regions=0, captions=0, dropped={})
+    report.update(regions=0, captions=0)
     for image_id, entry in annotations.images.items():
-        report["images"] += 1
-        path = folder / entry["file_name"]
-        if not path.is_file():
-            if skip_missing:
-                _count(report, "missing image")
-                continue
-            remedy = "check --images, or drop such images with --skip-missing"
-            raise FileNotFoundError(f"image {image_id}: no file {path}; {remedy}")
-        size = _checked_size(entry, path)
-        found = [
-            _phrase(annotation, file, size, annotations.categories, report)
-            for file, annotation in annotations.by_image.get(image_id, ())
-        ]
-        phrases = tuple(phrase for phrase in found if phrase)
-        if not phrases:
-            _count(report, "image without annotations")
-            continue
-        report["kept"] += 1
-        yield Record(f"{folder.name}/{image_id}", size, phrases, path=str(path.resolve()))
+        tried = [folder / entry["file_name"]]
+        picture = Picture(f"image {image_id}", image_id, tried, entry)
+        phrases_at = partial(_phrases, annotations, image_id, report)
+        record = read_record(picture, phrases_at, report, skip_missing)
+        if record:
+            yield record
 
 
-def _count(report: dict[str, Any], reason: str) -> None:
-    report["dropped"][reason] = report["dropped"].get(reason, 0) + 1
-
-
-def _checked_size(entry: dict[str, Any], path: Path) -> tuple[int, int]:
-    """(H, W) of the file, which boxes and masks are measured in."""
-    size = image_size(path)
-    stated = (entry.get("height", size[0]), entry.get("width", size[1]))
-    if stated != size:
-        sizes = f"(H, W) {size}, but the annotations say {stated}"
-        raise ValueError(f"image {entry['id']}: {path} has {sizes}; was it resized?")
-    return size
+def _phrases(
+    annotations: Annotations, image_id: int, report: dict[str, Any], size: Size
+) -> Iterator[Phrase]:
+    for file, annotation in annotations.by_image.get(image_id, ()):
+        phrase = _phrase(annotation, file, size, annotations.categories, report)
+        if phrase:
+            report["captions" if phrase.task == "caption" else "regions"] += 1
+            yield phrase
 
 
 def _phrase(
     annotation: dict[str, Any],
     file: str,
-    size: tuple[int, int],
+    size: Size,
     categories: dict[int, str],
     report: dict[str, Any],
 ) -> Phrase | None:
     """The annotation as a phrase, or None where it is dropped."""
     name = f"{file}: annotation {annotation['id']} of image {annotation['image_id']}"
     if "caption" in annotation:
-        caption = " ".join(annotation["caption"].split())
+        caption = clean_text(annotation["caption"], name)
         if not caption:
-            _count(report, "empty caption")
-            return None
-        report["captions"] += 1
+            return drop(report, "empty caption")
         return Phrase(f"caption/{annotation['id']}", "caption", caption)
     if annotation.get("iscrowd"):
-        _count(report, "crowd")
-        return None
+        return drop(report, "crowd")
     if annotation.get("category_id") not in categories:
         raise ValueError(f"{name}: category {annotation.get('category_id')} is not in the file")
-    box = _box(annotation, name, size)
+    box = clip_box(annotation.get("bbox"), name, size)
     if box is None:
-        _count(report, "empty box")
-        return None
-    report["regions"] += 1
-    mask = _mask(annotation, name, size)
+        return drop(report, "empty box")
+    mask = encode_mask(annotation.get("segmentation"), name, size)
     category = categories[annotation["category_id"]]
     return Phrase(
         f"region/{annotation['id']}", "region", category, prompt_box=box, target_box=box, mask=mask
     )
 
 
-def _box(annotation: dict[str, Any], name: str, size: tuple[int, int]) -> Box | None:
-    """xyxy in [0, 1], clipped to the image; None where nothing is left of it."""
-    box_px = annotation.get("bbox")
-    if not isinstance(box_px, list) or len(box_px) != 4:
-        raise ValueError(f"{name}: bbox is not [x, y, width, height] but {box_px!r}")
-    x, y, width, height = box_px
-    x0, x1 = (min(max(value / size[1], 0.0), 1.0) for value in (x, x + width))
-    y0, y1 = (min(max(value / size[0], 0.0), 1.0) for value in (y, y + height))
-    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
-
-
-def _mask(annotation: dict[str, Any], name: str, size: tuple[int, int]) -> dict[str, Any] | None:
-    """Compressed run lengths of a segmentation in any of COCO's three forms; None without one."""
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            return None
-        encoded = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-        return {"size": list(size), "counts": encoded["counts"].decode()}
-    if list(segmentation["size"]) != list(size):
-        raise ValueError(f"{name}: mask of size {segmentation['size']} on an image of {size}")
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        counts = coco_mask.frPyObjects(segmentation, *size)["counts"].decode()
-    return {"size": list(size), "counts": counts}
-
-
 def convert(
     files: list[Path], folder: Path, out: Path, skip_missing: bool = False
 ) -> dict[str, Any]:
     """Write the table `out`; returns its report. Raises as `read_records`, nothing is written."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--images {folder}: no such folder")
+    report = start_report(files, folder)
     annotations = load_annotations(files)
-    report: dict[str, Any] = {"files": [str(file.resolve()) for file in files]}
     records = read_records(annotations, folder, report, skip_missing)
     write_table(tqdm(records, "images", len(annotations.images)), out, report)
     return report
@@ -209,11 +147,7 @@ def main(
         skip_missing: drop and count images whose file is missing.
     """
     files = [*annotations, *([captions] if captions else [])]
-    try:
-        report = convert(files, images, out, skip_missing)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(json.dumps(report, indent=2))
+    print_report(partial(convert, files, images, out, skip_missing))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_what_is_dropped_is_counted(corpus, tmp_path: Path):
     file = write([instance(1), crowd, *empty, blank])
     report = convert([file], folder, tmp_path / "table")
     assert len(Table(tmp_path / "table")) == report["kept"] == report["regions"] == 1
-    dropped = {"crowd": 1, "empty box": 2, "empty caption": 1, "image without annotations": 1}
+    dropped = {"crowd": 1, "empty box": 2, "empty caption": 1, "image without phrases": 1}
     assert report["dropped"] == dropped
     assert json.loads((tmp_path / "table/report.json").read_text())["dropped"] == dropped
 
