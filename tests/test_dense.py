@@ -189,7 +189,10 @@ def test_detections_in_an_image_without_ground_truth_are_false_alarms():
     assert scores["map_detection"] == 0.5
 
 
-def test_similarity_must_be_above_its_threshold():
+def test_an_iou_at_its_threshold_is_a_hit_but_a_similarity_must_be_above():
+    half = {1: [Detection((0, 0, 0.5, 1), 1)]}
+    scores = score_dense_captions(half, {1: [Region((0, 0, 1, 1), "a")]})
+    assert (scores["ap_iou0.5"], scores["ap_iou0.6"]) == (1.0, 0.0)
     found, truth = {1: [Detection((0, 0, 1, 1), 1, "x")]}, {1: [Region((0, 0, 1, 1), "a")]}
     scores = score_dense_captions(found, truth, lambda captions, references: [0.1])
     assert scores["ap_iou0.5_meteor0.05"] == 1.0

@@ -103,17 +103,16 @@ def score_dense_captions(
         raise ValueError(f"no regions in the ground truth of {len(truths)} images")
     ious = np.array([match.iou if match.takes else -1.0 for match in found])
     hits = {f"ap_iou{t}": ious >= t for t in IOU_THRESHOLDS}
-    scores = {name: average_precision(hit, num_truths) for name, hit in hits.items()}
-    scores["map_detection"] = float(np.mean(list(scores.values())))
+    scores = _precisions("map_detection", hits, num_truths)
     if similarity is None:
         return scores
     similarities = _similarities(found, similarity, count_empty)
-    aps = {
-        f"{name}_meteor{t:.2f}": average_precision(hit & (similarities > t), num_truths)
+    hits = {
+        f"{name}_meteor{t:.2f}": hit & (similarities > t)
         for name, hit in hits.items()
         for t in METEOR_THRESHOLDS
     }
-    return {"map": float(np.mean(list(aps.values()))), **scores, **aps}
+    return _precisions("map", hits, num_truths) | scores
 
 
 def merge_regions(regions: Sequence[Region], name: str = "regions") -> list[Group]:
@@ -157,6 +156,12 @@ def average_precision(hits: ArrayLike, num_truths: int) -> float:
     needed = (np.arange(RECALL_LEVELS) * num_truths + RECALL_LEVELS - 1) // RECALL_LEVELS
     needed = needed.clip(min=1)
     return float(best[needed[needed <= len(best)] - 1].sum() / RECALL_LEVELS)
+
+
+def _precisions(mean: str, hits: Mapping[str, np.ndarray], num_truths: int) -> dict[str, float]:
+    """Average precisions by name, after their mean."""
+    values = {name: average_precision(hit, num_truths) for name, hit in hits.items()}
+    return {mean: float(np.mean(list(values.values()))), **values}
 
 
 def _match(detections: Sequence[Detection], groups: Sequence[Group], image: Any) -> list[_Match]:
