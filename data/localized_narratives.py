@@ -10,7 +10,7 @@ import gzip
 import json
 import multiprocessing
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from pixelllm.records import Phrase, Record
 from pixelllm.tables import write_table
 
 CHUNK = 32  # narratives per task of a process; bounds the memory with PENDING
-PENDING = 4  # tasks per process that may wait for their turn
+PENDING = 8  # tasks per process in flight
 FIELDS = ("dataset_id", "image_id", "annotator_id", "caption", "timed_caption", "traces")
 
 
@@ -223,23 +223,15 @@ def _read_chunk(lines: list[Line], options: Options) -> list[Record | str]:
     return [read_record(line, options) for line in lines]
 
 
-def _ordered_map(function: Callable, items: Iterable, num_proc: int) -> Iterator:
-    """`map` over processes that holds few items at a time (`Pool.imap` takes them all at once)."""
+def _ordered_map(function: Callable, items: Iterator, num_proc: int) -> Iterator:
+    """`map` over processes that holds few items at a time; theirs takes them all at once."""
     if num_proc == 1:
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")  # safe beside threads
     with ProcessPoolExecutor(num_proc, mp_context=context) as pool:
-        waiting: deque = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= PENDING * num_proc:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while some := list(islice(items, PENDING * num_proc)):
+            yield from pool.map(function, some)
 
 
 def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -> dict[str, Any]:

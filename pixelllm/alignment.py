@@ -286,10 +286,8 @@ def _widen_to_words(
         if span is not None:
             start, end = span
             stop = next((after[0] for after in spans[index + 1 :] if after), len(caption))
-            while start > previous and not caption[start - 1].isspace():
-                start -= 1
-            while end < stop and not caption[end].isspace():
-                end += 1
+            start -= len(re.search(r"\S*$", caption[previous:start])[0])
+            end += len(re.match(r"\S*", caption[end:stop])[0])
             span, previous = (start, end), end
         widened.append(span)
     return widened

@@ -90,13 +90,8 @@ def find_file(name_or_path: Path | str, name: str) -> Path:
         ) from error
 
 
-def nothing(_name: str) -> bool:
-    """Leave no tensor out."""
-    return False
-
-
 def save_weights(
-    model: nn.Module, folder: Path, leave_out: Callable[[str], bool] = nothing
+    model: nn.Module, folder: Path, leave_out: Callable[[str], bool] = lambda _: False
 ) -> None:
     """Write the model's tensors, but those whose name `leave_out` is true of.
 
@@ -120,7 +115,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(
-    model: nn.Module, name_or_path: Path | str, leave_out: Callable[[str], bool] = nothing
+    model: nn.Module, name_or_path: Path | str, leave_out: Callable[[str], bool] = lambda _: False
 ) -> None:
     """Read what `save_weights` wrote. Raises ValueError listing every key that does not fit."""
     file = find_file(name_or_path, WEIGHTS_FILE)

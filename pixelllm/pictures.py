@@ -14,7 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
+from scipy.interpolate import CubicHermiteSpline
 
 from pixelllm.files import written_whole
 from pixelllm.images import open_image
@@ -57,7 +59,11 @@ def check_caption(caption: dict[str, Any]) -> None:
 
 
 def open_picture(caption: dict[str, Any]) -> Image.Image:
-    """The caption's image, upright and RGB; raises ValueError where its size is not `size_hw`."""
+    """The caption's image, upright and RGB.
+
+    Raises ValueError where its size is not `size_hw`, and as `check_caption`.
+    """
+    check_caption(caption)
     image = open_image(caption["image"])
     stated, found = list(caption["size_hw"]), [image.height, image.width]
     if stated != found:
@@ -120,27 +126,18 @@ def _clamp(share: float) -> float:
     return min(max(share, 0.0), 1.0)
 
 
-def _tangent(trail: Sequence[Knot], index: int) -> tuple[float, float]:
-    """Direction through a knot, no longer than the shorter way to its neighbours.
+def curve(trail: Sequence[Knot]) -> np.ndarray:
+    """A smooth line through two or more knots, float[n, 2]: `SAMPLES` points for every knot's way.
 
-    A plain Catmull-Rom line swings out after a short step, to places no word points at.
+    Cubic Hermite. No tangent is longer than the shorter way to a neighbour: a plain Catmull-Rom
+    line swings out after a short step, to places no word points at.
     """
-    last = len(trail) - 1
-    a, b, c = (trail[min(max(index + k, 0), last)][1:] for k in (-1, 0, 1))
-    speed = 0.6 * min(math.dist(a, b), math.dist(b, c)) / (math.dist(a, c) or 1.0)
-    return (c[0] - a[0]) * speed, (c[1] - a[1]) * speed
-
-
-def curve(trail: Sequence[Knot], segment: int) -> list[tuple[float, float]]:
-    """A smooth (cubic Hermite) line from one knot to the next."""
-    ends = (segment, segment + 1)
-    points = [trail[i][1:] for i in ends] + [_tangent(trail, i) for i in ends]
-    axes = list(zip(*points, strict=True))  # x and y of both ends and tangents
-
-    def at(u: float, b: float, c: float, m: float, n: float) -> float:
-        return b + u * (m + u * (3 * (c - b) - 2 * m - n + u * (2 * (b - c) + m + n)))
-
-    return [tuple(at(k / SAMPLES, *axis) for axis in axes) for k in range(SAMPLES + 1)]
+    points = np.array([(knot.x, knot.y) for knot in trail])
+    around = np.pad(points, ((1, 1), (0, 0)), mode="edge")
+    chords, ways = around[2:] - around[:-2], np.linalg.norm(np.diff(around, axis=0), axis=1)
+    speeds = 0.6 * np.minimum(ways[1:], ways[:-1]) / np.linalg.norm(chords, axis=1).clip(1e-9)
+    line = CubicHermiteSpline(range(len(points)), points, chords * speeds[:, None])
+    return line(np.arange((len(points) - 1) * SAMPLES + 1) / SAMPLES)
 
 
 def still(caption: dict[str, Any], longest: int = 1024) -> Image.Image:
@@ -149,13 +146,7 @@ def still(caption: dict[str, Any], longest: int = 1024) -> Image.Image:
     Consecutive words that point at about the same place share a stop; a word's underline has
     the colour of its piece of the line.
     """
-    check_caption(caption)
-    photo = fit(open_picture(caption), longest)
-    words, stops = caption["words"], _stops(caption["words"])
-    trail = knots(words, *photo.size)
-    _draw_trail(photo, trail, len(words), until=len(words))
-    _draw_stops(photo, trail, stops, len(words))
-    return _mount(photo, _panel(caption, photo.width, stops))
+    return _sheet(caption, fit(open_picture(caption), longest), _stops(caption["words"]))
 
 
 def write_still(caption: dict[str, Any], path: Path | str, longest: int = 1024) -> None:
@@ -167,14 +158,12 @@ def write_still(caption: dict[str, Any], path: Path | str, longest: int = 1024) 
 
 def write_gif(caption: dict[str, Any], path: Path | str, longest: int = 480) -> None:
     """Write an endless animation: the words light up one by one while the trace is drawn."""
-    check_caption(caption)
     photo = fit(open_picture(caption), longest)
-    words = caption["words"]
     dithered = photo.quantize(PHOTO_COLORS)
     palette = _gif_palette(dithered)
     frames, durations = [], []
-    for until, active, seconds in _moments(words):
-        sheet = _frame(caption, photo, until, active)
+    for until, active, seconds in _moments(caption["words"]):
+        sheet = _sheet(caption, photo, {}, until, active)
         frame = sheet.quantize(palette=palette, dither=Image.Dither.NONE)
         # Dither only the photo, once: noise that changes would be stored in every frame.
         drawn = ImageChops.difference(sheet.crop((0, 0, *photo.size)), photo).convert("L")
@@ -197,14 +186,25 @@ def _moments(words: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int | Non
     yield len(words), None, 2.5
 
 
-def _frame(
-    caption: dict[str, Any], photo: Image.Image, until: float, active: int | None
+def _sheet(
+    caption: dict[str, Any],
+    photo: Image.Image,
+    stops: dict[int, int],
+    until: float = math.inf,
+    active: int | None = None,
 ) -> Image.Image:
+    """The photo with what is drawn on it up to the word position `until`, over the caption."""
     words, picture = caption["words"], photo.copy()
-    _draw_trail(picture, knots(words, *photo.size), len(words), until)
+    trail = knots(words, *photo.size)
+    _draw_trail(picture, trail, len(words), until)
+    _draw_stops(picture, trail, stops, len(words))
     if active is not None and until >= active + 0.5:
         _draw_word(picture, words[active], word_color(active, len(words)))
-    return _mount(picture, _panel(caption, photo.width, said=until, active=active))
+    panel = _panel(caption, photo.width, stops, until, active)
+    sheet = Image.new("RGB", (photo.width, photo.height + panel.height))
+    sheet.paste(picture)
+    sheet.paste(panel, (0, photo.height))
+    return sheet
 
 
 def _stops(words: Sequence[dict[str, Any]]) -> dict[int, int]:
@@ -221,16 +221,19 @@ def _stops(words: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 def _draw_trail(photo: Image.Image, trail: Sequence[Knot], count: int, until: float) -> None:
     """Draw the line up to the word position `until` (a word's point is reached at its middle)."""
+    if len(trail) < 2:
+        return
     double = Image.new("RGBA", (2 * photo.width, 2 * photo.height))  # halved later: smooth edges
     draw = ImageDraw.Draw(double)
     width = max(6, round(max(photo.size) / 110))
-    lines = []
-    for segment, (a, b) in enumerate(pairwise(trail)):
-        share = _clamp((until - a.word - 0.5) / (b.word - a.word))
-        points = [(2 * x, 2 * y) for x, y in curve(trail, segment)]
-        for k in range(round(share * SAMPLES)):
-            moment = (a.word + (b.word - a.word) * (k + 0.5) / SAMPLES) / max(count - 1, 1)
-            lines.append((points[k], points[k + 1], trail_color(moment)))
+    points = [tuple(point) for point in 2 * curve(trail)]
+    middles = np.arange(0.5, len(points) - 1) / SAMPLES
+    moments = np.interp(middles, range(len(trail)), [knot.word for knot in trail])
+    lines = [
+        (*ends, trail_color(moment / max(count - 1, 1)))
+        for ends, moment in zip(pairwise(points), moments, strict=True)
+        if moment <= until - 0.5
+    ]
     for extra, alpha in ((width * 0.8, 210), (0, 255)):  # a white casing under the colours
         for start, end, color in lines:
             fill = (*(color if alpha == 255 else (255, 255, 255)), alpha)
@@ -283,11 +286,7 @@ def _draw_word(photo: Image.Image, word: dict[str, Any], color: Color) -> None:
 
 
 def _panel(
-    caption: dict[str, Any],
-    width: int,
-    stops: dict[int, int] | None = None,
-    said: float = math.inf,
-    active: int | None = None,
+    caption: dict[str, Any], width: int, stops: dict[int, int], said: float, active: int | None
 ) -> Image.Image:
     """The caption as a strip of `width` pixels, every word over a line of its colour."""
     size = max(15, width // 42)
@@ -298,7 +297,7 @@ def _panel(
     words, (gaps, tail) = caption["words"], text_between(caption)
     x, y = margin, margin
     for index, (word, gap) in enumerate(zip(words, gaps, strict=True)):
-        number = str((stops or {}).get(index, ""))
+        number = str(stops.get(index, ""))
         label = small.getlength(number) + size * 0.1 if number else 0
         after = (gaps[index + 1] if index + 1 < len(words) else tail).rstrip()
         length = font.getlength(word["text"])
@@ -318,13 +317,6 @@ def _panel(
         x += length
     draw.text((x, y), tail, fill=INK if len(words) <= said else FADED, font=font)
     return panel.crop((0, 0, width, y + leading + margin // 2))
-
-
-def _mount(photo: Image.Image, panel: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", (photo.width, photo.height + panel.height))
-    sheet.paste(photo)
-    sheet.paste(panel, (0, photo.height))
-    return sheet
 
 
 def _gif_palette(dithered: Image.Image) -> Image.Image:

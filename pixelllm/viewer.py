@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from pixelllm.files import written_whole
 from pixelllm.pictures import (
-    check_caption,
     fit,
     open_picture,
     text_between,
@@ -52,7 +51,6 @@ def write_html(
     with written_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.write(head)
         for number, caption in enumerate(progress):
-            check_caption(caption)
             image = open_picture(caption)
             file.write(_embedded(f"image-{number}", image, LONGEST, quality=85))
             if len(captions) > 1:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB, 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
 
+_AS_FEATURES = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+
 
 class Eva02Encoder(nn.Module):
     """A timm EVA-02 as a map of features; `eva02` and `eva02_from_timm` build it.
@@ -84,9 +86,7 @@ def eva02(
         drop_path_rate=drop_path,
         use_post_transformer_norm=final_norm,
         use_fc_norm=False,
-        num_classes=0,
-        global_pool="",
-        dynamic_img_size=True,
+        **_AS_FEATURES,
     )
     for block in vit.blocks:
         block.mlp.norm.eps = 1e-5
@@ -108,9 +108,7 @@ def eva02_from_timm(
     vit = timm.create_model(
         name,
         pretrained=pretrained,
-        num_classes=0,
-        global_pool="",
-        dynamic_img_size=True,
+        **_AS_FEATURES,
         drop_path_rate=drop_path,
         **positions,
     )
