@@ -84,12 +84,11 @@ def referent(scene: Scene, description: Description) -> int | None:
         anchor = referent(scene, description.anchor)
         if anchor is None:
             return None
-        found = [index for index in found if index != anchor]
         axis, sign, _ = RELATIONS[description.relation]
         start = scene.objects[anchor].center[axis]
         far = [sign * (scene.objects[index].center[axis] - start) for index in found]
         if any(0 < distance < MARGIN for distance in far):
-            return None
+            return None  # the anchor itself is at 0
         found = [index for index, distance in zip(found, far, strict=True) if distance > 0]
     if description.extreme:
         return _extreme(scene, found, description.extreme)

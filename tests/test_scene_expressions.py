@@ -63,6 +63,7 @@ def meant(text: str, scene: Scene) -> list[int]:
             key, lead = PICKS[word]
             values = sorted(map(key, things))
             assert len(values) > 1 and values[-1] - values[-2] >= lead, text
+            assert values[-1] > (0.5 if word in ("right", "bottom") else -0.5), text
         else:
             key = (lambda t: -t.side_px) if word == "smallest" else (lambda t: t.side_px)
             values = sorted((abs(key(t)) for t in things), reverse=word != "smallest")
