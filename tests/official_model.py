@@ -63,18 +63,6 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
     names = {"begin_token_id", "end_token_id"}
     decoder = {**h["text_decoder_args"], **{n: h[n] for n in names}}
     language = flax_language.git_decoder(flax_weights.part(weights, "textual"), decoder)
-    q = h["point_predictor_args"]
-    points = PointHead(
-        language.width,
-        q["hidden_dim"],
-        q["depth"],
-        q["num_output_points"],
-        pre_norm=q["pre_norm"],
-        activation={"gelu": nn.GELU, "relu": nn.ReLU}[q["mlp_activation"]],
-    )
-    points.load_state_dict(
-        flax_language.point_head_state(flax_weights.part(weights, "point_predictor"))
-    )
     names = [f"{name}_pixel_{kind}" for name in ("git", "sam") for kind in ("mean", "std")]
     means = [case.hparams[name] for name in names]
     return PixelLLMNetwork(
@@ -84,13 +72,31 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
         extractor=extractor,
         projection=nn.Identity(),  # the official BERT-size trunk projects visual tokens itself
         language=language,
-        point_head=points,
+        point_head=point_head(case, language.width),
         # The release encodes boxes relative to the input size of the branch with the larger map.
         prompt_frame=max(
             (eva_size // eva_args["patch_size"], eva_size),
             (sam_size // sam_args["patch_size"], sam_size),
         )[1],
     ).eval()
+
+
+def point_head(case: GoldenCase, width: int) -> nn.Module:
+    """Nothing where the case predicts no points."""
+    q = case.hparams["model"]["point_predictor_args"]
+    weights = flax_weights.part(case.weights(), "point_predictor")
+    if not weights:
+        return nn.Identity()
+    head = PointHead(
+        width,
+        q["hidden_dim"],
+        q["depth"],
+        q["num_output_points"],
+        pre_norm=q["pre_norm"],
+        activation={"gelu": nn.GELU, "relu": nn.ReLU}[q["mlp_activation"]],
+    )
+    head.load_state_dict(flax_language.point_head_state(weights))
+    return head
 
 
 class Inputs:
@@ -102,7 +108,8 @@ class Inputs:
         self.sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1)
         height, width = self.sizes.float().unbind(1)
         self.scale = torch.stack([width, height, width, height], dim=1)  # (B, 4)
-        self.boxes = case.tensor("in.label.prompt_boxes") / self.scale[:, None]
+        prompts = "prompt_boxes" if "in.label.prompt_boxes" in case.arrays else "boxes"
+        self.boxes = case.tensor(f"in.label.{prompts}") / self.scale[:, None]
         ids = case.tensor("in.label.text_tokens").long().flatten(0, 1)
         context = case.tensor("in.label.context_tokens").long().flatten(0, 1)
         self.text = Text(context, context == 0, ids, ids == 0)
