@@ -54,9 +54,11 @@ def stream_list(file: Path) -> Iterator[dict[str, Any]]:
                         raise
                     text, start = text[start:] + more, 0
                 else:
+                    if not isinstance(entry, dict):
+                        raise ValueError(f"{entry!r:.40} is no object")
                     yield entry
     except ValueError as error:  # also what is not UTF-8
-        raise ValueError(f"{file}: not a JSON file, or cut short ({error})") from error
+        raise ValueError(f"{file}: not a list of JSON objects, or cut short ({error})") from error
 
 
 def check_entries(place: str, entries: Any, keys: Iterable[str]) -> None:
@@ -76,7 +78,16 @@ def check_coco(file: Path, content: Any) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise ValueError(f"{file}: no list {part!r}; is it a file in COCO's layout?")
         check_entries(f"{file}: {part}", content[part], keys)
+    for image in content["images"]:
+        check_name(image["file_name"], f"{file}: image {image['id']}")
     return content
+
+
+def check_name(image: Any, place: str) -> str:
+    """The file name of an image, if it is one."""
+    if not isinstance(image, str) or not image:
+        raise ValueError(f"{place}: the image is not a file name but {image!r}")
+    return image
 
 
 def start_report(files: Iterable[Path], folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from data.annotations import (
     Size,
     check_coco,
     check_entries,
+    check_name,
     clean_text,
     clip_box,
     coco_number,
@@ -199,7 +200,8 @@ def _solution_referents(file: Path, content: list[Any]) -> Iterator[Referent]:
         x0, y0, x1, y1 = corners or (0,) * 4
         target = {"bbox": corners and [x0, y0, x1 - x0, y1 - y0]}
         expressions = [(number, entry["normal_caption"])]
-        yield Referent(name, None, "coco", entry["image"], entry, expressions, target)
+        image = check_name(entry["image"], name)
+        yield Referent(name, None, "coco", image, entry, expressions, target)
 
 
 def choose_split(referents: list[Referent], split: str | None) -> list[Referent]:

@@ -445,6 +445,7 @@ def test_a_corrupt_mask_is_named(tmp_path: Path, images: Path, segmentation: Any
         ({"train": [seqtr_entry(1, 5)]}, r"train\[0\]: the text is not a string but 5"),
         ({"train": [seqtr_entry(1, "car", bbox=[1, 2])]}, r"train\[0\]: bbox .*\[1, 2\]"),
         ({"train": [seqtr_entry(1, "car", height=9)]}, "annotations say"),
+        ({"images": [{"id": 1, "file_name": 5}], "annotations": []}, "image 1: .*file name but 5"),
         ({"images": [{"id": 1}], "annotations": []}, r"images\[0\] has no file_name"),
     ],
 )
