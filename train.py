@@ -42,7 +42,7 @@ class Run:
 
     Args:
         data: tables to train on.
-        val: table to validate on.
+        val: tables to validate on.
         out: folder of the run.
         resume: go on from the newest checkpoint in `out`.
         cache_features: keep the features of frozen encoders in this folder.
@@ -50,7 +50,7 @@ class Run:
     """
 
     data: tuple[Path, ...]
-    val: Path
+    val: tuple[Path, ...]
     out: Path
     resume: bool = False
     cache_features: Path | None = None
@@ -76,7 +76,8 @@ def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
     config = recipe_named(recipe)
     # Options at the top, recipe fields by their dotted names.
     flat = tyro.conf.arg(name="")
-    fields = [("run", Annotated[Run, flat]), ("config", Annotated[type(config), flat], config)]
+    kind = tyro.conf.AvoidSubcommands[type(config)]  # a part that a recipe lacks is no option
+    fields = [("run", Annotated[Run, flat]), ("config", Annotated[kind, flat], config)]
     options = make_dataclass("Options", fields)
     prog = f"python train.py {recipe}"
     parsed = tyro.cli(options, prog=prog, description=__doc__, args=arguments)
@@ -84,7 +85,7 @@ def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
 
 
 def build(run: Run, config: Recipe) -> Stage:
-    tables, val = [Table(path) for path in run.data], Table(run.val)
+    tables, val = ([Table(path) for path in paths] for paths in (run.data, run.val))
     device = choose_device(run.device)
     if isinstance(config, SamPretraining):
         return promptable.build_stage(config, tables, val, device)

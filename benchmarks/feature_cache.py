@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pixelllm.config import StartConfig
-from pixelllm.recipes import scenes_tiny
+from pixelllm.scene_scene_recipes import scenes_tiny
 from pixelllm.tables import Table
 from pixelllm.training.captioning import build_stage
 from pixelllm.training.loop import Stage

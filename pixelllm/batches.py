@@ -34,7 +34,7 @@ class Batch:
             features come from a cache and nothing else reads the pixels.
         sizes: int64[B, 2], (H, W) of the image inside the frame.
         features: cached outputs of frozen encoders by encoder name, float16[B, C, h, w].
-        boxes: float32[B, K, 4], location prompts.
+        boxes: float32[B, K, 4], location prompts; K is 1 where the rows of an image share theirs.
         text: rows are B * K, prompts of an image adjacent.
         row_padding: bool[R], True where an image has fewer than K phrases.
         points: float32[R, T, 2, 2], top-left and bottom-right corner of each token's place.
@@ -60,6 +60,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def num_prompts(self) -> int:
+        """K, rows per image."""
+        return len(self.row_padding) // len(self)
+
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,
@@ -76,7 +81,7 @@ class Batch:
             phrase: int64[B, M], index among the K phrases of the image of what to write there.
             is_phrase: bool[B, M], False where there is nothing to write.
         """
-        rows = phrase + torch.arange(len(self), device=phrase.device)[:, None] * self.boxes.shape[1]
+        rows = phrase + torch.arange(len(self), device=phrase.device)[:, None] * self.num_prompts
         rows = rows.flatten()
         ids = [self.ids[row] for row in rows.tolist()]
         return replace(
@@ -178,8 +183,11 @@ def collate_text(
     for row, place in enumerate(places):
         points[row, : len(place)] = place
     with_points = ~np.isnan(points).any(-1)
+    prompts = torch.tensor(boxes, dtype=torch.float32).view(len(chosen), num_prompts, 4)
+    if all(phrase.prompt_box is None for item in chosen for phrase in item.phrases):
+        prompts = prompts[:, :1]  # the visual tokens of the whole image, computed once
     return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).view(len(chosen), num_prompts, 4),
+        "boxes": prompts,
         "text": text,
         "row_padding": torch.tensor([not name for name in ids]),
         "points": torch.from_numpy(np.nan_to_num(points)).view(*token_ids.shape, 2, 2),

@@ -8,6 +8,7 @@ line by its dotted name.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """The language model: published weights by `trunk`, else a T5 of the given sizes."""
+    """The language model: published weights by `trunk`, else random ones of the given sizes."""
 
     trunk: str | None = "google/flan-t5-xl"  # Hub id or local folder; None: random weights
+    architecture: Literal["t5", "git", "llama"] = "t5"  # of random weights
+    tokenizer: str | None = None  # Hub id, for random weights; None trains one on the captions
     lora_rank: int = 32  # 0 trains the whole trunk
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     width: int = 2048
-    num_encoder_layers: int = 24
+    num_encoder_layers: int = 24  # of a T5
     num_decoder_layers: int = 24
     num_heads: int = 32
     ff_width: int = 5120
@@ -102,8 +105,8 @@ class DetectorConfig:
     tower_layers: int = 4
     roi_width: int = 1024
     nominal_strides: bool = False  # as the release: 8, 16, ... whatever the size of the maps
+    up_channels: int = 384  # of the finest level before its width
     num_sampled: int = 512  # proposals that train the second stage, per image
-    num_captioned: int = 32  # of them, those whose text is trained
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Source:
     """Phrases of one task in the training mixture, with the losses they take part in."""
 
     task: str
+    tables: str = "*"  # names of the tables it draws from, a glob
     weight: float = 1.0  # share of the batches, relative to the other sources
     window: tuple[float, float] = (0.0, 1.0)  # part of the training that draws the source
     batch_size: int | None = None  # images; None is the recipe's
@@ -141,7 +145,8 @@ class Source:
     text_weight: float = 1.0
     point_weight: float = 1.0
     mask_weight: float = 0.0
-    detection_weight: float = 0.0  # above 0, phrases are also asked at the detector's proposals
+    detection_weight: float = 0.0  # above 0, phrases are asked at the detector's proposals
+    proposals_per_image: int = 32  # of those
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and the step, the loader's state in a checkpoint is one number, and workers need
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table
 from pixelllm.views import View, random_view, see_mask, see_phrase, whole_view
 
+NO_RECORDS = np.zeros(0, np.int64)
 NO_IMAGE = torch.empty(0, dtype=torch.uint8)
 NO_MASKS = torch.empty(0, dtype=torch.bool)
 
@@ -36,7 +38,7 @@ def records_with_task(table: Table, task: str) -> np.ndarray:
         parents = pc.list_parent_indices(chunk).filter(pc.equal(tasks, task))
         found.append(np.unique(parents.to_numpy(zero_copy_only=False)) + offset)
         offset += len(chunk)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+    return np.concatenate(found) if found else NO_RECORDS
 
 
 def caption_lengths(table: Table) -> np.ndarray:
@@ -71,13 +73,18 @@ class SourceRecords:
         self.source = source
         self.batch_size = source.batch_size or batch_size
         self.seed = seed
-        found = [records_with_task(table, source.task) for table in tables]
+        mine = [fnmatch(table.path.name, source.tables) for table in tables]
+        found = [
+            records_with_task(t, source.task) if wanted else NO_RECORDS
+            for t, wanted in zip(tables, mine, strict=True)
+        ]
         self.rows = np.concatenate(
             [np.stack([np.full(len(f), number), f], axis=1) for number, f in enumerate(found)]
         )  # (n, 2): table, record
         if not len(self.rows):
             names = ", ".join(str(table.path) for table in tables)
-            raise ValueError(f"the recipe needs {source.task!r} phrases; none in {names}")
+            wanted = f"{source.task!r} phrases in tables called {source.tables!r}"
+            raise ValueError(f"the recipe needs {wanted}; there are none in {names}")
         self.lengths = np.concatenate(
             [caption_lengths(table)[f] for table, f in zip(tables, found, strict=True)]
         )

@@ -17,12 +17,19 @@ from pixelllm.checkpoints import (
     write_text,
 )
 from pixelllm.config import Config
+from pixelllm.contexts import default_contexts
 from pixelllm.generation import Caption, place_words, stream_words
 from pixelllm.model_card import model_card
-from pixelllm.models.build import build_language, build_parts
+from pixelllm.models.build import (
+    SpecialIds,
+    build_detector,
+    build_language,
+    build_mask_head,
+    build_parts,
+)
 from pixelllm.models.pixelllm import PixelLLMNetwork
 from pixelllm.processor import Processor, ProcessorConfig
-from pixelllm.recipes import default_contexts
+from pixelllm.weights import load_sam_checkpoint
 
 PUBLISHED = ("language", "sam", "eva02")  # parts whose weights a config can name
 TRUNK_FOLDER = "trunk"  # structure of a published trunk, for saved models that carry its weights
@@ -45,10 +52,32 @@ class PixelLLM(PixelLLMNetwork):
         published: Collection[str] = (),
         trunk: PretrainedConfig | None = None,
     ) -> None:
-        language = build_language(config.model.language, "language" in published, trunk)
+        language = build_language(
+            config.model.language,
+            config.model.prompt.output_width,
+            special_ids(tokenizer),
+            "language" in published,
+            trunk,
+        )
         super().__init__(**build_parts(config.model, language, published))
         self.config = config
         self.tokenizer = tokenizer
+
+    def grow(self, config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Go on as another recipe, whose model may have a mask head and a detector besides.
+
+        New parts start from random weights, but for SAM's mask decoder where SAM is published.
+        """
+        device = next(self.parameters()).device
+        if self.mask_head is None:
+            self.mask_head = build_mask_head(config.model, self.language)
+            if self.mask_head is not None and config.model.sam.weights is not None:
+                parts = (self.sam.encoder, self.prompt_encoder, self.mask_head.decoder)
+                load_sam_checkpoint(config.model.sam.weights, *parts)
+        if self.detector is None:
+            self.detector = build_detector(config.model)
+        self.config, self.tokenizer = config, tokenizer
+        self.to(device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: Path | str) -> PixelLLM:
@@ -182,12 +211,18 @@ class PixelLLM(PixelLLMNetwork):
         )
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    """Captions begin with padding, as T5's do, where the tokenizer has no begin token."""
+    begin = tokenizer.pad_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
+    return SpecialIds(tokenizer.pad_token_id, begin, tokenizer.eos_token_id)
+
+
 def is_referenced(name: str, config: Config) -> bool:
     """Whether a saved model names the source of this tensor instead of carrying it.
 
     These are the frozen weights that are published: the trunk under its LoRA factors, SAM, EVA02.
     """
-    part = name.split(".")[0]
+    part = ".".join(name.split(".")[: 2 if name.startswith("mask_head.") else 1])
     model, frozen = config.model, config.train.frozen
     if config.include_frozen:
         return False
@@ -200,6 +235,7 @@ def is_referenced(name: str, config: Config) -> bool:
     sources = {
         "sam": model.sam.weights,
         "prompt_encoder": model.sam.weights,
+        "mask_head.decoder": model.sam.weights,
         "eva02": model.eva02.weights,
     }
     return part in frozen and sources.get(part) is not None

@@ -224,7 +224,7 @@ def run_stage(
     config: train.Recipe, tables: Sequence[Path], val: Path, out: Path, **options: Any
 ) -> Path:
     """Train as `train.py` does, without its command line; returns the run's folder."""
-    run = train.Run(tuple(tables), val, out, device="cpu", **options)
+    run = train.Run(tuple(tables), (val,), out, device="cpu", **options)
     train.run_training(run, config)
     return out
 

@@ -178,7 +178,7 @@ def test_losses_are_the_same_with_a_cache(frozen, tiny_tables, tmp_path):
     losses = []
     for folder in (None, tmp_path):
         torch.manual_seed(0)
-        tables = [Table(tiny_tables.train)], Table(tiny_tables.val)
+        tables = [Table(tiny_tables.train)], [Table(tiny_tables.val)]
         stage = captioning.build_stage(config, *tables, CPU, folder)
         stage.model.train()
         batches = [stage.batches[step] for step in range(3)]

@@ -22,7 +22,7 @@ from pixelllm.generation import Caption, pointing_token
 from pixelllm.models.build import build_eva02_branch
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.processor import Processor
-from pixelllm.recipes import default_contexts
+from pixelllm.contexts import default_contexts
 from pixelllm.tokenizer import train_tokenizer, words_of_tokens
 
 BOXES = [(0.0, 0.0, 0.5, 1.0), (0.25, 0.1, 1.0, 0.9)]

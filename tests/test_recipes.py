@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from pixelllm.config import Config
+from pixelllm.contexts import CAPTION_CONTEXTS, NARRATION_CONTEXTS, default_contexts
 from pixelllm.pretrained import PixelLLM, is_referenced
-from pixelllm.recipes import CAPTION_CONTEXTS, NARRATION_CONTEXTS, RECIPES, default_contexts
+from pixelllm.recipes import RECIPES
+from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.optimizer import build_optimizer, freeze
 
 # Reference, section 0. The release's adapter has a dense output that nothing reads.
 UNUSED_DENSE_OUTPUT = 525_312
+TOKENIZER = train_tokenizer(["a caption"], 100)
 COUNTS = {
     "eva02": 303_268_800,
     "sam": 637_026_048,
@@ -27,7 +30,7 @@ COUNTS = {
 @pytest.fixture(scope="module")
 def paper() -> PixelLLM:
     with torch.device("meta"):
-        model = PixelLLM(RECIPES["ln-coco-t5xl"](), tokenizer=None)
+        model = PixelLLM(RECIPES["ln-coco-t5xl"](), TOKENIZER)
     freeze(model, model.config.train.frozen)
     return model
 
@@ -117,7 +120,7 @@ def test_every_recipe_builds_and_freezes(name: str):
     config = RECIPES[name]()
     assert config.name == name
     with torch.device("meta"):
-        model = PixelLLM(config, tokenizer=None)
+        model = PixelLLM(config, TOKENIZER)
     freeze(model, config.train.frozen)
     assert any(p.requires_grad for p in model.parameters())
 

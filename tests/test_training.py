@@ -19,10 +19,11 @@ from conftest import make_tiny_config, run_stage, short_training
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixelllm import checkpoints
 from pixelllm.config import StartConfig, TrainConfig
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import Table
-from pixelllm.training import captioning, checkpoint
+from pixelllm.training import captioning
 from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
 from pixelllm.training.loop import NonFiniteLoss, Stage, accumulate_gradients, loader, train
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
@@ -263,7 +264,7 @@ def test_a_full_disk_keeps_the_checkpoints_of_before(tmp_path: Path, monkeypatch
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fill_disk)
+    monkeypatch.setattr(checkpoints, "save_file", fill_disk)
     with pytest.raises(OSError, match=r"step-00000004 could not be written .*No space.*--resume"):
         train(toy_stage(config), config, tmp_path, resume=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
@@ -348,7 +349,7 @@ def test_two_samples_are_learnt_by_heart(tiny_tables, tmp_path: Path):
         loss=replace(config.loss, point=5.0),
     )
     table = Table(tiny_tables.train)
-    stage = captioning.build_stage(config, [table], table, CPU, tmp_path)
+    stage = captioning.build_stage(config, [table], [table], CPU, tmp_path)
     two = stage.batches[0]
     stage.model.train()
     freeze(stage.model, config.train.frozen)
@@ -397,7 +398,7 @@ def test_bfloat16_leaves_heads_and_losses_in_float32(tiny_tables, tmp_path: Path
     train_config = replace(config.train, bfloat16=True, accumulate=2, workers=1)
     config = replace(config, train=train_config)
     stage = captioning.build_stage(
-        config, [Table(tiny_tables.train)], Table(tiny_tables.val), CPU, None
+        config, [Table(tiny_tables.train)], [Table(tiny_tables.val)], CPU, None
     )
     seen = []
     loss = stage.loss
@@ -405,7 +406,7 @@ def test_bfloat16_leaves_heads_and_losses_in_float32(tiny_tables, tmp_path: Path
     def watched(batch):
         assert torch.is_autocast_enabled("cpu") == stage.model.training
         terms = loss(batch)
-        prediction = captioning.predict(stage.model, batch)
+        prediction = stage.model(batch.images, batch.sizes, batch.boxes, batch.text)
         seen.append(
             {prediction.logits.dtype, prediction.points.dtype, *(t.dtype for t in terms.values())}
         )
@@ -421,7 +422,7 @@ def test_the_exported_model_validates_as_the_trained_one(tiny_run, tiny_tables):
     model = PixelLLM.from_pretrained(tiny_run.main)
     config = replace(model.config, start=StartConfig(run=str(tiny_run.main)))
     stage = captioning.build_stage(
-        config, [Table(tiny_tables.train)], Table(tiny_tables.val), CPU, None
+        config, [Table(tiny_tables.train)], [Table(tiny_tables.val)], CPU, None
     )
     stage.model.eval()
     with torch.no_grad():
@@ -435,7 +436,7 @@ def test_a_start_run_keeps_its_words(tiny_run, tiny_tables):
     """A tokenizer trained on other tables would give other ids to the same weights."""
     config = make_tiny_config(start=StartConfig(run=str(tiny_run.main)))
     stage = captioning.build_stage(
-        config, [Table(tiny_tables.val)], Table(tiny_tables.val), CPU, None
+        config, [Table(tiny_tables.val)], [Table(tiny_tables.val)], CPU, None
     )
     trained = PixelLLM.from_pretrained(tiny_run.main)
     assert stage.model.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
@@ -448,7 +449,9 @@ def test_a_start_run_of_other_sizes_is_named(tiny_run, tiny_tables):
     sam = replace(config.model.sam, window_size=3)
     config = replace(config, model=replace(config.model, sam=sam))
     with pytest.raises(ValueError, match="window_size is 2 there, 3 here"):
-        captioning.build_stage(config, [Table(tiny_tables.val)], Table(tiny_tables.val), CPU, None)
+        captioning.build_stage(
+            config, [Table(tiny_tables.val)], [Table(tiny_tables.val)], CPU, None
+        )
 
 
 def test_pretrained_parts_come_from_their_runs(tiny_run):

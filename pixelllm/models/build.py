@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from typing import NamedTuple
 
 import timm
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from pixelllm.config import Eva02Config, LanguageConfig, ModelConfig, SamConfig
 from pixelllm.models import eva02 as eva02_module
 from pixelllm.models import sam as sam_module
+from pixelllm.models.centernet import CenterNetHead, SimplePyramid
+from pixelllm.models.detector import Detector
 from pixelllm.models.eva02 import Eva02Encoder, eva02, eva02_from_timm
+from pixelllm.models.git import GitDecoder
 from pixelllm.models.language import Language, add_lora, build_t5, build_trunk, load_trunk
+from pixelllm.models.masks import MaskAdapter, MaskHead
 from pixelllm.models.pixelllm import ImageBranch
 from pixelllm.models.points import PointHead
 from pixelllm.models.prompt import PromptFeatureExtractor
-from pixelllm.models.sam import PromptEncoder, SamEncoder
+from pixelllm.models.roi_heads import RoiHeads
+from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder
 from pixelllm.models.stem import ConvStem
 from pixelllm.weights import load_sam_checkpoint
 
+
+class SpecialIds(NamedTuple):
+    """Token ids of padding, the begin and the end of a caption."""
+
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+NOMINAL_STRIDES = (8, 16, 32, 64, 128)  # the release's, whatever the maps
 LORA_TARGETS = {"t5": ("q", "v"), "mt5": ("q", "v")}  # other trunks: q_proj, v_proj
 
 
@@ -37,20 +53,58 @@ def build_parts(
     frame = (config.frame, config.frame)
     sam = build_sam_branch(config.sam, config.frame)
     prompt_encoder = PromptEncoder(config.sam.out_channels, (grid, grid), frame)
+    mask_head = build_mask_head(config, language)
     if "sam" in published and config.sam.weights is not None:
-        load_sam_checkpoint(config.sam.weights, sam.encoder, prompt_encoder)
+        decoder = None if mask_head is None else mask_head.decoder
+        load_sam_checkpoint(config.sam.weights, sam.encoder, prompt_encoder, decoder)
     return {
         "eva02": build_eva02_branch(config.eva02, config.frame, "eva02" in published),
         "sam": sam,
         "prompt_encoder": prompt_encoder,
         "extractor": build_extractor(config),
-        "projection": nn.Sequential(
-            nn.Linear(config.prompt.output_width, language.width), nn.LayerNorm(language.width)
-        ),
+        "projection": build_projection(config, language),
         "language": language,
         "point_head": PointHead(language.width, config.points.hidden, config.points.depth),
         "prompt_frame": config.frame,
+        "mask_head": mask_head,
+        "detector": build_detector(config),
     }
+
+
+def build_projection(config: ModelConfig, language: Language) -> nn.Module:
+    if isinstance(language, GitDecoder):
+        return nn.Identity()  # it projects visual tokens itself
+    return nn.Sequential(
+        nn.Linear(config.prompt.output_width, language.width), nn.LayerNorm(language.width)
+    )
+
+
+def build_mask_head(config: ModelConfig, language: Language) -> MaskHead | None:
+    masks, width = config.masks, config.sam.out_channels
+    if masks is None:
+        return None
+    is_git = isinstance(language, GitDecoder)
+    prefix_width = config.prompt.output_width if is_git else language.width
+    transformer = (masks.num_heads, masks.mlp_width)
+    return MaskHead(
+        MaskAdapter(prefix_width, language.width, width, masks.adapter_layers, *transformer),
+        MaskDecoder(width, masks.num_layers, *transformer),
+    )
+
+
+def build_detector(config: ModelConfig) -> Detector | None:
+    sizes = config.detector
+    if sizes is None:
+        return None
+    in_channels = config.eva02.width + config.sam.out_channels
+    return Detector(
+        SimplePyramid(in_channels, sizes.width, sizes.up_channels),
+        CenterNetHead(sizes.width, sizes.width, sizes.tower_layers),
+        RoiHeads(sizes.width, (sizes.roi_width, sizes.roi_width)),
+        config.frame,
+        strides=NOMINAL_STRIDES if sizes.nominal_strides else None,
+        num_samples=sizes.num_sampled,
+    )
 
 
 def build_sam_encoder(config: SamConfig) -> SamEncoder:
@@ -135,18 +189,31 @@ def build_extractor(config: ModelConfig) -> PromptFeatureExtractor:
 
 
 def build_language(
-    config: LanguageConfig, pretrained: bool, structure: PretrainedConfig | None = None
+    config: LanguageConfig,
+    prefix_width: int,
+    ids: SpecialIds,
+    pretrained: bool,
+    structure: PretrainedConfig | None = None,
 ) -> Language:
     """The trunk, with LoRA where its rank is positive.
 
     Args:
+        prefix_width: of the visual tokens, for a trunk that projects them itself.
+        ids: for random weights without a structure.
         pretrained: take the weights of `config.trunk`.
-        structure: of a trunk with random weights; None is a T5 of the sizes of `config`.
+        structure: of a trunk with random weights; None takes the sizes of `config`.
     """
     if pretrained and config.trunk is not None:
         language = load_trunk(config.trunk)
     elif structure is not None:
         language = build_trunk(structure)
+    elif config.architecture == "git":
+        sizes = (config.width, config.num_decoder_layers, config.num_heads, config.ff_width)
+        language = GitDecoder(
+            config.vocab_size, prefix_width, *sizes, dropout=config.dropout, **ids._asdict()
+        )
+    elif config.architecture == "llama":
+        language = build_trunk(_llama(config, ids))
     else:
         language = build_t5(
             vocab_size=config.vocab_size,
@@ -161,3 +228,16 @@ def build_language(
         targets = LORA_TARGETS.get(language.model.config.model_type, ("q_proj", "v_proj"))
         add_lora(language, config.lora_rank, config.lora_alpha, targets)
     return language
+
+
+def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.ff_width,
+        num_hidden_layers=config.num_decoder_layers,
+        num_attention_heads=config.num_heads,
+        pad_token_id=ids.pad_id,
+        bos_token_id=ids.bos_id,
+        eos_token_id=ids.eos_id,
+    )

@@ -146,7 +146,8 @@ class PixelLLMNetwork(nn.Module):
         Args:
             images: uint8 or float[B, 3, S, S] in 0..255, zero padded bottom and right.
             sizes: int64[B, 2], (H, W) of the image inside the frame, in pixels.
-            boxes: float32[B, K, 4], prompts, xyxy in [0, 1] of the image.
+            boxes: float32[B, K, 4], prompts, xyxy in [0, 1] of the image; or float32[B, 1, 4],
+                one for all rows of an image.
             text: of the R rows.
             features: outputs of frozen branches by name ("sam", "eva02"), instead of running them.
         """
@@ -154,7 +155,8 @@ class PixelLLMNetwork(nn.Module):
 
     def read(self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, text: Text) -> Prediction:
         """`forward` from the features of the images."""
-        prefix = self.prefix(features, sizes, boxes)
+        num_prompts = len(text.token_ids) // len(sizes)
+        prefix = self.prefix(features, sizes, boxes).expand(-1, num_prompts, -1, -1)
         hidden = self.language(prefix.flatten(0, 1), *text)  # (R, T, D)
         return Prediction(self.language.logits(hidden), self.point_head(hidden), prefix, hidden)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pixelllm.batches import Batch, TextLimits
 from pixelllm.checkpoints import write_text
-from pixelllm.config import Config
+from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
-from pixelllm.mixture import Mixture
+from pixelllm.mixture import Mixture, records_with_task
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.records import Phrase
@@ -33,7 +33,7 @@ BASELINE_FILE = "training_captions.json"
 def build_stage(
     config: Config,
     tables: list[Table],
-    val: Table,
+    val: list[Table],
     device: torch.device,
     cache_folder: Path | None = None,
 ) -> Stage:
@@ -55,7 +55,7 @@ def build_stage(
         with_images = len(frozen) < len(branches)
         sizes = [replace(config.model.sam, weights=None), replace(config.model.eva02, weights=None)]
         cache = FeatureCache(cache_folder, frozen, config.model.frame, sizes)
-        for table in {id(table): table for table in [*tables, val]}.values():
+        for table in [*tables, *val]:
             cache.fill(table, device)
     train = config.train
     facts = {
@@ -68,20 +68,21 @@ def build_stage(
         "with_images": with_images,
     }
     batches = Mixture(tables, config.sources, num_steps=train.steps * train.accumulate, **facts)
-    scored = next(
-        (s for s in reversed(config.sources) if s.task == "narration"), config.sources[-1]
-    )
-    val_batches = Mixture(
-        [val], [replace(scored, window=(0.0, 1.0))], num_steps=train.eval_batches, **facts
-    )
+    val_batches = [
+        Mixture(val, [source], num_steps=train.eval_batches, **facts)
+        for source in scored_sources(config.sources, val)
+    ]
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         return weighted_losses(model, batch, config.loss)
 
     def validate() -> dict[str, float]:
-        terms = [loss(val_batches[i].to(device)) for i in range(len(val_batches))]
-        means = {k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
-        return {"loss": sum(means.values()), **means}
+        scores: dict[str, float] = {}
+        for mixture in val_batches:
+            terms = [loss(mixture[i].to(device)) for i in range(len(mixture))]
+            task = "" if len(val_batches) == 1 else f"{mixture.sources[0].source.task}_"
+            scores |= {task + k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
+        return {"loss": sum(scores.values()), **scores}
 
     def export(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -89,6 +90,19 @@ def build_stage(
         write_text(folder / BASELINE_FILE, json.dumps(sample))
 
     return Stage(model, batches, loss, validate, export)
+
+
+def scored_sources(sources: Sequence[Source], val: list[Table]) -> list[Source]:
+    """The last source of every task that the validation tables have phrases of.
+
+    Raises ValueError where there is none.
+    """
+    last = {source.task: replace(source, window=(0.0, 1.0), scale=None) for source in sources}
+    found = [s for s in last.values() if any(len(records_with_task(t, s.task)) for t in val)]
+    if not found:
+        names = ", ".join(str(table.path) for table in val)
+        raise ValueError(f"--val {names}: no phrases of the recipe's tasks ({', '.join(last)})")
+    return found
 
 
 def sample_phrases(batches: Mixture, count: int = 500) -> list[Phrase]:
@@ -107,24 +121,27 @@ def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerF
     """That of the run to start from or of the trunk, else one trained on the tables' captions."""
     if config.start.run is not None:  # its weights know no other
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)
-    if config.model.language.trunk is not None:
-        tokenizer = load_tokenizer(config.model.language.trunk)
-        if tokenizer.pad_token is None:  # as the trunk does
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+    name = config.model.language.trunk or config.model.language.tokenizer
+    if name is not None:
+        return load_tokenizer(name)
     contexts = [context for source in config.sources for context in source.contexts]
     return train_tokenizer(
         [*contexts, *_captions(tables, 20_000)], config.model.language.vocab_size
     )
 
 
-def load_tokenizer(trunk: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hub id or local folder. Raises ValueError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(trunk)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.language.trunk: no tokenizer in {trunk}: {reason}") from error
+        raise ValueError(f"model.language: no tokenizer in {name}: {reason}") from error
+    if tokenizer.eos_token is None:  # BERT's names for the same
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    if tokenizer.pad_token is None:  # as the trunk does
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _captions(tables: list[Table], limit: int) -> Iterable[str]:
@@ -141,23 +158,33 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
     start = config.start
     if start.run is not None:
         model = PixelLLM.from_pretrained(start.run)
-        check_same(config.model, model.config.model, str(start.run))
-        model.config, model.tokenizer = config, tokenizer
-        return model
-    model = PixelLLM(config, tokenizer, published=PUBLISHED)
+        shared = replace(config.model, masks=model.config.model.masks)
+        shared = replace(shared, detector=model.config.model.detector)
+        check_same(shared, model.config.model, str(start.run))
+        model.grow(config, tokenizer)
+    else:
+        model = PixelLLM(config, tokenizer, published=PUBLISHED)
     if start.sam is not None:
-        sam_config, sam = load_sam_run(start.sam)
-        check_same(config.model.sam, sam_config.sam, str(start.sam))
-        model.sam.load_state_dict(sam.image_encoder.state_dict())
-        model.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
-        if config.model.prompt.from_sam:
-            first = config.model.eva02.width  # SAM's channels come after EVA02's
-            channels = slice(first, first + config.model.sam.out_channels)
-            parts = (model.extractor, sam.mask_decoder, sam.prompt_encoder)
-            prompt = config.model.prompt
-            init_from_sam(*parts, channels, prompt.grid_side, prompt.eva02_share)
+        start_from_sam(model, start.sam, with_encoder=start.run is None)
     if start.eva02 is not None:
         eva02_config, branch = load_eva02_run(start.eva02)
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
         model.eva02.load_state_dict(branch.state_dict())
     return model
+
+
+def start_from_sam(model: PixelLLM, folder: str, with_encoder: bool) -> None:
+    """Take over the parts of a trained small SAM; its mask decoder, where the model segments."""
+    config, (sam_config, sam) = model.config.model, load_sam_run(folder)
+    check_same(config.sam, sam_config.sam, folder)
+    if model.mask_head is not None:
+        model.mask_head.decoder.load_state_dict(sam.mask_decoder.state_dict())
+    if not with_encoder:
+        return
+    model.sam.load_state_dict(sam.image_encoder.state_dict())
+    model.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
+    if config.prompt.from_sam:
+        first = config.eva02.width  # SAM's channels come after EVA02's
+        channels = slice(first, first + config.sam.out_channels)
+        parts = (model.extractor, sam.mask_decoder, sam.prompt_encoder)
+        init_from_sam(*parts, channels, config.prompt.grid_side, config.prompt.eva02_share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from statistics import fmean
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -33,22 +34,21 @@ class RunLog:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._count = self._images = 0
+        self._terms: dict[str, list[float]] = {}  # not every source has every term
+        self._images = 0
         self._since = time.monotonic()
 
     def step(self, step: int, terms: dict[str, float], num_images: int) -> None:
         """Take the loss terms of a finished step."""
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + term
-        self._count += 1
+            self._terms.setdefault(name, []).append(term)
         self._images += num_images
         self.bar.update(1)
 
     def write(self, step: int, **numbers: float) -> None:
         """Write the numbers, with the mean loss terms since the last call that had any."""
-        if self._count:
-            means = {f"loss_{name}": total / self._count for name, total in self._sums.items()}
+        if self._terms:
+            means = {f"loss_{name}": fmean(values) for name, values in self._terms.items()}
             rate = self._images / max(time.monotonic() - self._since, 1e-9)
             numbers = {**means, **numbers, "images_per_s": rate}
             shown = {name[5:]: f"{value:.3f}" for name, value in means.items()}

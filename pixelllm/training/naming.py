@@ -51,16 +51,16 @@ def patch_labels(batch: InstanceBatch, side: int) -> tuple[Tensor, Tensor]:
 
 
 def build_stage(
-    config: Eva02Pretraining, tables: list[Table], val: Table, device: torch.device
+    config: Eva02Pretraining, tables: list[Table], val: list[Table], device: torch.device
 ) -> Stage:
     """The pieces of this stage for the training loop."""
-    words = words_of_regions([*tables, val])
+    words = words_of_regions([*tables, *val])
     model = PatchNamer(config, len(words)).to(device)
     facts = {"frame": config.frame, "objects_per_image": None}
     facts["batch_size"] = config.train.batch_size // config.train.accumulate
     seed, num = config.train.seed, config.train.steps * config.train.accumulate
     batches = Instances(tables, words, num_steps=num, seed=seed, **facts)
-    val_batches = Instances([val], words, num_steps=config.train.eval_batches, seed=seed, **facts)
+    val_batches = Instances(val, words, num_steps=config.train.eval_batches, seed=seed, **facts)
 
     def predict(batch: InstanceBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Word logits, words, boxes and true boxes at the P patches that lie on an object."""

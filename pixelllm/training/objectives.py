@@ -54,9 +54,8 @@ def places_loss(prediction: Prediction, batch: Batch, frame: int) -> Tensor:
 
     A weight of 0.1 * frame is thereby the official 0.1 on pixels.
     """
-    num_prompts = batch.boxes.shape[1]
     frame_share = batch.sizes.flip(-1).float() / frame  # (B, 2), x and y
-    scale = frame_share.repeat_interleave(num_prompts, dim=0)[:, None, None]  # (R, 1, 1, 2)
+    scale = frame_share.repeat_interleave(batch.num_prompts, dim=0)[:, None, None]  # (R, 1, 1, 2)
     valid = batch.with_points & ~batch.row_padding[:, None]
     return point_loss(prediction.points * scale, batch.points * scale, valid, kind="l1")
 
@@ -65,9 +64,9 @@ def located_mask_loss(
     model: PixelLLMNetwork, features: ImageFeatures, prediction: Prediction, batch: Batch
 ) -> Tensor:
     """SAM's loss on the masks of what the words locate; the boxes get no gradient."""
-    R, T = batch.with_points.shape
-    is_place = batch.with_points[..., None].expand(R, T, 2).flatten(1)
-    boxes = points_to_boxes(prediction.points.flatten(1, 2), is_place).view_as(batch.boxes)
+    is_place = batch.with_points.repeat_interleave(2, dim=1)  # (R, 2 T)
+    boxes = points_to_boxes(prediction.points.flatten(1, 2), is_place)
+    boxes = boxes.view(len(batch), batch.num_prompts, 4)
     logits, ious = model.segment(features, batch.sizes, boxes, prediction)
     rows = torch.arange(model.prompt_frame, device=boxes.device)
     outside = rows >= batch.sizes[..., None]  # (B, 2, S), rows and columns
@@ -84,6 +83,8 @@ def propose(model: PixelLLMNetwork, features: ImageFeatures, batch: Batch) -> tu
     """
     is_phrase = (~batch.row_padding).view(batch.boxes.shape[:2])
     boxes_px = to_pixels(batch.boxes, batch.sizes)
-    found = model.detector(features.fused, boxes_px, is_phrase)
-    boxes = to_relative(found.proposals_px, batch.sizes).clamp(0, 1)
-    return found.loss.total, batch.with_prompts(boxes, found.object_index, found.is_object)
+    found = model.detector(features.fused, batch.sizes, boxes_px, is_phrase)
+    first = slice(batch.source.proposals_per_image)
+    boxes = to_relative(found.proposals_px[:, first], batch.sizes).clamp(0, 1)
+    asked = batch.with_prompts(boxes, found.object_index[:, first], found.is_object[:, first])
+    return found.losses.total, asked

@@ -76,16 +76,16 @@ def sample_points_px(masks: Tensor, stride: int) -> Tensor:
 
 
 def build_stage(
-    config: SamPretraining, tables: list[Table], val: Table, device: torch.device
+    config: SamPretraining, tables: list[Table], val: list[Table], device: torch.device
 ) -> Stage:
     """The pieces of this stage for the training loop."""
     model = PromptableSam(config).to(device)
-    words = words_of_regions([*tables, val])
+    words = words_of_regions([*tables, *val])
     facts = {"frame": config.frame, "objects_per_image": config.prompts_per_image}
     facts["batch_size"] = config.train.batch_size // config.train.accumulate
     seed, num = config.train.seed, config.train.steps * config.train.accumulate
     batches = Instances(tables, words, num_steps=num, seed=seed, **facts)
-    val_batches = Instances([val], words, num_steps=config.train.eval_batches, seed=seed, **facts)
+    val_batches = Instances(val, words, num_steps=config.train.eval_batches, seed=seed, **facts)
 
     def predict(batch: InstanceBatch, by_box: Tensor) -> tuple[Tensor, Tensor]:
         height, width = batch.sizes.float().unbind(-1)

@@ -1,0 +1,244 @@
+"""Recipes for procedural scenes: every stage of the paper, small enough for two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pixelllm.config import (
+    Config,
+    DetectorConfig,
+    Eva02Config,
+    Eva02Pretraining,
+    LanguageConfig,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    PointConfig,
+    PromptConfig,
+    SamConfig,
+    SamPretraining,
+    Source,
+    StartConfig,
+    TrainConfig,
+)
+from pixelllm.contexts import REFERRING_CONTEXT, REGION_CONTEXT
+
+TINY_SAM = SamConfig(
+    table_size=160,
+    width=96,
+    depth=4,
+    num_heads=4,
+    out_channels=128,
+    window_size=5,
+    global_blocks=(1, 3),
+    conv_stem=True,
+    half_features=True,
+)
+TINY_EVA02 = Eva02Config(
+    table_size=160,
+    patch_size=16,
+    width=128,
+    depth=4,
+    num_heads=4,
+    drop_path=0.0,
+    conv_stem=True,
+    half_features=True,
+)
+
+
+TINY_PRETRAINING = TrainConfig(
+    batch_size=8,
+    lr=2e-3,
+    warmup=50,
+    weight_decay=0.01,
+    betas=(0.9, 0.98),
+    clip=1.0,
+    frozen=(),
+    threads=1,  # the two stages run side by side
+    log_every=20,
+    eval_every=500,
+    eval_batches=16,
+    save_every=500,
+)
+
+
+def scenes_sam() -> SamPretraining:
+    """A small SAM on crowded scenes: the frozen half of scenes-tiny's eyes."""
+    return SamPretraining(
+        name="scenes-sam",
+        frame=160,
+        sam=TINY_SAM,
+        num_heads=4,
+        prompts_per_image=4,
+        train=replace(TINY_PRETRAINING, steps=800),
+    )
+
+
+def scenes_eva02() -> Eva02Pretraining:
+    """A small EVA02 that knows what and where the objects of scenes are: the other half."""
+    train = replace(TINY_PRETRAINING, steps=1500)
+    return Eva02Pretraining(name="scenes-eva02", frame=160, eva02=TINY_EVA02, train=train)
+
+
+def scenes_tiny() -> Config:
+    """PixelLLM on scenes, minutes on two cores."""
+    return Config(
+        name="scenes-tiny",
+        model=ModelConfig(
+            frame=160,
+            sam=TINY_SAM,
+            eva02=TINY_EVA02,
+            prompt=PromptConfig(
+                width=128,
+                num_layers=2,
+                mlp_width=512,
+                num_heads=4,
+                output_width=128,
+                value_position=True,
+                from_sam=True,
+                grid_side=5,
+                eva02_share=1.0,
+            ),
+            language=LanguageConfig(
+                trunk=None,
+                lora_rank=0,
+                width=128,
+                num_encoder_layers=2,
+                num_decoder_layers=3,
+                num_heads=4,
+                ff_width=384,
+                dropout=0.0,
+                vocab_size=512,
+            ),
+            points=PointConfig(hidden=128),
+        ),
+        sources=words_then_points(0.5),
+        loss=LossConfig(point=15.0, smoothing=0.0),
+        train=TrainConfig(
+            steps=1700,
+            batch_size=32,
+            lr=2e-3,
+            warmup=100,
+            weight_decay=0.01,
+            betas=(0.9, 0.98),
+            clip=1.0,
+            frozen=("sam", "eva02", "prompt_encoder"),
+            lr_scales={"extractor.transformer": 0.1},  # it comes trained, from SAM
+            eval_every=250,
+            save_every=250,
+        ),
+        max_tokens=64,
+        max_context=8,
+        include_frozen=True,
+    )
+
+
+def words_then_points(share: float) -> tuple[Source, ...]:
+    """Region phrases and light points until `share` of the training, narrations alone after it.
+
+    Phrases for boxes teach the names in a fraction of the time that narrations need; a large
+    weight on points before the names are known keeps them from being learned.
+    """
+    start = (0.0, share)
+    return (
+        Source("narration", window=start, point_weight=0.2),
+        Source(
+            "region",
+            window=start,
+            phrases_per_image=3,
+            contexts=(REGION_CONTEXT,),
+            point_weight=0.2,
+        ),
+        Source("narration", window=(share, 1.0)),
+    )
+
+
+def scenes_small() -> Config:
+    """The best that an hour on two cores gives, on 40,000 scenes."""
+    tiny = scenes_tiny()
+    train = replace(tiny.train, steps=7000, eval_every=500, save_every=500)
+    return replace(tiny, name="scenes-small", sources=words_then_points(0.3), train=train)
+
+
+TINY_MASKS = MaskConfig(num_heads=4, mlp_width=512)  # as in scenes-sam
+TINY_DETECTOR = DetectorConfig(
+    width=64, tower_layers=2, roi_width=128, up_channels=64, num_sampled=64
+)
+EXPRESSIONS = Source(
+    "referring",
+    weight=2,
+    phrases_per_image=6,
+    contexts=(REFERRING_CONTEXT,),
+    text_weight=0.0,
+)
+REGIONS = Source(
+    "region",
+    phrases_per_image=8,
+    contexts=(REGION_CONTEXT,),
+    point_weight=0.0,
+    detection_weight=1.0,
+    proposals_per_image=8,
+)
+
+
+def scenes_joint() -> Config:
+    """One model for every task: narrates, captions boxes, finds objects, locates phrases."""
+    small = scenes_small()
+    return replace(
+        small,
+        name="scenes-joint",
+        model=replace(small.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
+        start=StartConfig(run="runs/scenes-small", sam="runs/quickstart/sam"),
+        sources=(Source("narration"), REGIONS, EXPRESSIONS),
+        train=replace(small.train, frozen=(*small.train.frozen, "mask_head")),
+        max_context=32,
+    )
+
+
+def scenes_joint_refseg() -> Config:
+    """The masks of scenes-joint: the adapter before SAM's mask decoder learns, nothing else."""
+    return masks_alone(scenes_joint(), start="runs/scenes-joint")
+
+
+def scenes_ref() -> Config:
+    """Referring localization on scenes, from scenes-small."""
+    joint = scenes_joint()
+    model = replace(joint.model, masks=None, detector=None)
+    train = replace(joint.train, frozen=scenes_small().train.frozen)
+    start = StartConfig(run="runs/scenes-small")
+    return replace(
+        joint, name="scenes-ref", model=model, start=start, sources=(EXPRESSIONS,), train=train
+    )
+
+
+def scenes_refseg() -> Config:
+    """Referring segmentation on scenes, from scenes-ref."""
+    ref = scenes_ref()
+    ref = replace(ref, model=replace(ref.model, masks=TINY_MASKS))
+    return replace(masks_alone(ref, start="runs/scenes-ref"), name="scenes-refseg")
+
+
+def scenes_densecap() -> Config:
+    """Dense object captioning on scenes, from scenes-small."""
+    joint = scenes_joint()
+    model = replace(joint.model, masks=None)
+    train = replace(joint.train, frozen=(*scenes_small().train.frozen, "point_head"))
+    start = StartConfig(run="runs/scenes-small")
+    return replace(
+        joint, name="scenes-densecap", model=model, start=start, sources=(REGIONS,), train=train
+    )
+
+
+def masks_alone(config: Config, start: str) -> Config:
+    """Train the adapter of the masks for some minutes."""
+    parts = ("extractor", "projection", "language", "point_head")
+    if config.model.detector is not None:
+        parts = (*parts, "detector")
+    frozen = (*scenes_small().train.frozen, "mask_head.decoder", *parts)
+    return replace(
+        config,
+        name=f"{config.name}-refseg",
+        start=StartConfig(run=start, sam="runs/quickstart/sam"),
+        sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0),),
+        train=replace(config.train, steps=600, frozen=frozen, lr_scales={}),
+    )
