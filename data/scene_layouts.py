@@ -93,8 +93,8 @@ def _texts(entries: list[dict[str, Any]]) -> list[str]:
 
 def _image(example: Example) -> dict[str, Any]:
     height, width = example.scene.size
-    name = example.file_name
-    return {"id": example.image_id, "file_name": name, "height": height, "width": width}
+    return {"id": example.image_id, "file_name": example.file_name,
+            "height": height, "width": width}  # fmt: skip
 
 
 def narrative_line(example: Example) -> dict[str, Any]:
@@ -183,18 +183,12 @@ def _refs(example: Example, objects: list[dict[str, Any]]) -> list[dict[str, Any
         words = {"raw": said.text, "sent": said.text, "tokens": said.text.split()}
         sentences[said.object].append({"sent_id": number, **words})
     return [
-        {
-            "ref_id": objects[index]["id"],
-            "ann_id": objects[index]["id"],
-            "image_id": example.image_id,
-            "file_name": example.file_name,
-            "category_id": objects[index]["category_id"],
-            "split": example.split,
-            "sent_ids": [sentence["sent_id"] for sentence in found],
-            "sentences": found,
-        }
-        for index, found in sentences.items()
-    ]
+        {"ref_id": thing["id"], "ann_id": thing["id"], "category_id": thing["category_id"],
+         "image_id": example.image_id, "file_name": example.file_name, "split": example.split,
+         "sent_ids": [sentence["sent_id"] for sentence in sentences[index]],
+         "sentences": sentences[index]}
+        for index, thing in enumerate(objects) if sentences[index]
+    ]  # fmt: skip
 
 
 def _mdetr(

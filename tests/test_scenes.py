@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +17,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from data import llava, refcoco, visual_genome
+from data.scene_expressions import parse_region
 from data.scene_images import SHAPES, draw_scene
 from data.scene_layouts import narrative_line, short_caption
 from data.scene_narrations import BACKDROPS, narrate, object_mentions
 from data.scene_worlds import BACKGROUNDS, COLOURS, KINDS, Scene, SceneObject, World, plan_scene
 from data.scenes import Options, make_example, write_scenes
+from pixelllm.records import Record
+from pixelllm.tables import Table
 
 LN_FIELDS = {
     "dataset_id", "image_id", "annotator_id", "caption", "timed_caption", "traces",
@@ -77,6 +83,17 @@ def test_a_scene_depends_on_seed_split_and_index_alone(written: Path, tmp_path: 
         make_example(replace(options, seed=1), "train", 1),
     ):
         assert not np.array_equal(changed.image, same.image)
+
+
+def test_pictures_and_narrations_of_a_seed_stay_as_they_were():
+    """Catches a generator that expressions share with what was there before them."""
+    example = make_example(Options(Path("unused")), "train", 0)
+    assert example.narration.caption == (
+        "Here I see a blue flower and a white car, and there is a white moon. "
+        "In the background I can see sand."
+    )
+    assert example.narration.traces[0][0] == {"x": 0.1029, "y": 0.7882, "t": 0.811}
+    assert example.image[80, 80].tolist() == [198, 184, 154] and example.annotator == 18
 
 
 def test_wording_changes_no_picture():
@@ -340,6 +357,78 @@ def test_the_reader_of_localized_narratives_takes_them(written: Path):
     assert any(path.is_file() for path in tried)
 
 
+def phrases_of(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """(image, caption) of every phrase, in order."""
+    return sorted((record.id, phrase.caption) for record in records for phrase in record.phrases)
+
+
+def expected(out: Path, split: str, texts_of: Callable[[dict], list[str]]) -> list[tuple[str, str]]:
+    """The same of what the truth file holds."""
+    named = {f"{split}/{line['image_id']}": line for line in truth_of(out, split)}
+    return sorted((name, text) for name, line in named.items() for text in texts_of(line))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["refer/refs(unc).p", "refer/instances.json"],
+        ["mdetr/finetune_scenes_{}.json"],
+        ["seqtr/instances.json"],
+    ],
+)
+def test_readers_take_every_expression(written: Path, tmp_path: Path, split: str, files: list[str]):
+    paths = [written / "annotations" / file.format(split) for file in files]
+    options = refcoco.Options(written / split, None if "mdetr" in files[0] else split)
+    report = refcoco.convert(paths, options, tmp_path / "table")
+    records = list(Table(tmp_path / "table"))
+    every = expected(written, split, lambda line: [e["text"] for e in line["expressions"]])
+    assert phrases_of(records) == every and not report["dropped"]
+    truth = {f"{split}/{line['image_id']}": line for line in truth_of(written, split)}
+    for record in records:
+        said = {e["text"]: e for e in truth[record.id]["expressions"]}
+        for phrase in record.phrases:
+            expression = said[phrase.caption]
+            if "seqtr" not in files[0]:  # which has no ids
+                assert phrase.id == f"referring/{expression['sent_id']}"
+            thing = truth[record.id]["objects"][expression["object"]]
+            np.testing.assert_allclose(phrase.target_box, thing["box"], atol=1e-4)
+            box_px = coco_mask.toBbox(phrase.mask) / 160
+            np.testing.assert_allclose(box_px[:2], thing["box"][:2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["region_descriptions.json", "image_data.json", "densecap_splits.json"],
+        ["val.json"],
+    ],
+)
+def test_readers_take_every_region(written: Path, tmp_path: Path, files: list[str]):
+    paths = [written / "annotations/visual_genome" / file for file in files]
+    split = "val" if len(files) == 3 else None
+    report = visual_genome.convert(paths, written / "val", tmp_path / "table", split)
+    records = list(Table(tmp_path / "table"))
+    every = expected(written, "val", lambda line: [thing["phrase"] for thing in line["objects"]])
+    assert phrases_of(records) == every and not report["dropped"]
+    things = {f"region/{t['id']}": t for line in truth_of(written) for t in line["objects"]}
+    for phrase in (phrase for record in records for phrase in record.phrases):
+        thing = things.pop(phrase.id)
+        assert parse_region(phrase.caption) == (thing["size"], thing["colour"], thing["kind"])
+        np.testing.assert_allclose(phrase.prompt_box, thing["box"], atol=1e-4)
+    assert not things
+
+
+def test_the_reader_of_conversations_takes_every_answer(written: Path, tmp_path: Path):
+    file = written / "annotations/llava_val.json"
+    llava.convert([file], written, tmp_path / "table")
+    records = list(Table(tmp_path / "table"))
+    turns = [turn for entry in json.loads(file.read_text()) for turn in entry["conversations"]]
+    answers = [phrase.caption for record in records for phrase in record.phrases]
+    assert answers == [turn["value"] for turn in turns if turn["from"] == "gpt"]
+    assert len(records) == 80 and len(answers) > 200
+
+
 def test_other_worlds_are_possible():
     crowded = World(objects=(10, 14), min_size=0.13, max_size=0.3)
     counts = [len(plan_scene(np.random.default_rng(n), crowded).objects) for n in range(30)]
@@ -362,6 +451,12 @@ def test_a_finished_folder_is_kept_and_another_is_not_overwritten(written: Path,
     assert (written / "scenes.json").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match="other options.*train, world"):
         write_scenes(replace(options, train=13, world=World(kinds=12)))
+    described = json.loads((written / "scenes.json").read_text())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/scenes.json").write_text(json.dumps({**described, "format": 1}))
+    with pytest.raises(FileExistsError, match="not the same format"):
+        write_scenes(replace(options, out=tmp_path / "old"))
+    shutil.rmtree(tmp_path / "old")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):
         write_scenes(replace(options, out=tmp_path))
