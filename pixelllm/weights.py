@@ -73,16 +73,14 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str) -> No
 
 def require_fit(state: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
     """Raise ValueError naming the source and what is missing, unexpected or of another shape."""
-    shapes = {name: (tuple(state[name].shape), tuple(expected[name].shape))
-              for name in sorted(expected.keys() & state.keys())}  # fmt: skip
+    found, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+        for tensors in (state, expected)
+    )
     faults = (
-        [f"missing {name}" for name in sorted(expected.keys() - state.keys())],
-        [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())],
-        [
-            f"{name} is {got}, expected {want}"
-            for name, (got, want) in shapes.items()
-            if got != want
-        ],
+        [f"missing {name}" for name in wanted if name not in found],
+        [f"unexpected {name}" for name in found if name not in wanted],
+        [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s],
     )
     if any(faults):
         head = f"{source}: these weights do not fit the model of this configuration"
