@@ -47,10 +47,15 @@ def test_two_way_equals_segment_anything(generator: torch.Generator):
     assert_close(two_way(theirs, queries, keys, None), expected)
 
 
-def small_head(gate: float = 0.5) -> MaskHead:
+def new_head() -> MaskHead:
     torch.manual_seed(0)
-    head = MaskHead(MaskAdapter(12, 10, 16, depth=2, mlp_width=24), MaskDecoder(16, mlp_width=24))
-    torch.nn.init.constant_(head.adapter.alpha, gate)
+    return MaskHead(MaskAdapter(12, 10, 16, depth=2, mlp_width=24), MaskDecoder(16, mlp_width=24))
+
+
+def small_head() -> MaskHead:
+    """With an open gate."""
+    head = new_head()
+    torch.nn.init.constant_(head.adapter.alpha, 0.5)
     return head
 
 
@@ -83,7 +88,7 @@ def test_words_on_padding_change_nothing(generator: torch.Generator):
 
 def test_training_starts_from_the_masks_of_sam(generator: torch.Generator):
     """A closed gate gives what SAM itself answers to the box, and opens by its gradient."""
-    head, inputs = small_head(gate=0.0), small_inputs(generator)
+    head, inputs = new_head(), small_inputs(generator)
     features, boxes_px, prompts = inputs[:3]
     masks, ious = head(*inputs)
     sparse, dense = prompts(None, boxes_px[1], None)
