@@ -60,12 +60,10 @@ class TrainingState:
             with torch.no_grad():
                 weight.copy_(stored[name])
             if f"exp_avg.{name}" in tensors:
-                moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
-                self.optimizer.state[weight] = {
+                for moment in MOMENTS:
                     # AdamW keeps its step count on the CPU.
-                    moment: value if moment == "step" else value.to(weight.device)
-                    for moment, value in moments.items()
-                }
+                    device = "cpu" if moment == "step" else weight.device
+                    self.optimizer.state[weight][moment] = tensors[f"{moment}.{name}"].to(device)
 
 
 class CheckpointFolder:
