@@ -45,7 +45,7 @@ class Match(NamedTuple):
 def match(proposals_px: Tensor, boxes_px: Tensor, valid: Tensor, min_iou: float) -> Match:
     """Proposals float32[B, S, 4] to ground truth float32[B, K, 4], bool[B, K]; K at least 1."""
     iou = torch.vmap(box_iou)(proposals_px, boxes_px)  # (B, S, K)
-    best, index = iou.nan_to_num().masked_fill(~valid[:, None], 0.0).max(-1)
+    best, index = iou.masked_fill(~valid[:, None], 0.0).max(-1)
     return Match(index, best >= min_iou)
 
 

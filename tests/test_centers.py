@@ -61,6 +61,14 @@ def test_the_release_s_strides_give_its_targets_and_losses():
     )
 
 
+def test_a_cell_on_the_centre_of_another_level_s_object_is_no_peak():
+    """Catches heat of exactly 1 where the distance happens to be 0."""
+    cells = pyramid_cells(maps(SIDES), OFFICIAL)
+    box = torch.tensor([[[19.0, 19, 29, 29]]])  # for level 3; its centre is that of a level 4 cell
+    heatmap = center_targets(box, torch.tensor([[True]]), cells).heatmap
+    assert cells.strides[heatmap[0] == 1].tolist() == [8] and (heatmap > 0.999).sum() == 2
+
+
 def test_targets_decode_to_their_boxes():
     boxes, valid = official_example()
     cells = pyramid_cells(maps(SIDES), [384 / side for side in SIDES])

@@ -68,7 +68,7 @@ def test_golden_match(name: str):
 
 
 def test_padded_ground_truth_matches_nothing():
-    """Catches 0 / 0 between a padded object and a padded proposal, and padding that is not 0."""
+    """Catches padding whose coordinates are not 0, and 0 / 0 between two empty boxes."""
     boxes = torch.tensor([[[0.0, 0, 0, 0], [10, 10, 20, 20]]])
     _, is_object = match(boxes, boxes, torch.tensor([[True, False]]), 0.5)
     assert not is_object.any()

@@ -102,6 +102,13 @@ def small_detector() -> Detector:
     )
 
 
+def test_by_default_the_cells_tile_the_frame():
+    _, strides, cells, _ = small_detector().scan(torch.randn(1, 32, 10, 10))
+    assert_close(torch.tensor(strides), torch.tensor([8, 16, 32, FRAME / 3, 80]))
+    assert_close(cells.strides.square().sum(), torch.tensor(5.0 * FRAME**2))
+    assert cells.centers_px.min() == 4 and cells.centers_px.max() == FRAME - 4
+
+
 def test_three_boxes_on_a_fixed_map_are_learned_and_found(generator: torch.Generator):
     """Catches targets, crops or deltas that disagree between training and detection."""
     model, features = small_detector(), torch.randn(1, 32, 10, 10, generator=generator)
@@ -130,7 +137,7 @@ def test_an_image_without_objects_trains_the_background():
 
 
 def test_sampled_objects_come_first_with_their_ground_truth(generator: torch.Generator):
-    """The appended ground truth is always among them, whatever the first stage proposes."""
+    """The ground truth is always among them, whatever the first stage proposes; its padding not."""
     output = small_detector()(
         torch.randn(1, 32, 10, 10), SIZES, BOXES, torch.tensor([[True, False, True]]), generator
     )
@@ -139,6 +146,7 @@ def test_sampled_objects_come_first_with_their_ground_truth(generator: torch.Gen
     truth = BOXES[0, output.object_index[0, :objects]]
     assert box_iou(output.proposals_px[0, :objects], truth).diagonal().min() >= 0.6
     assert set(output.object_index[0, :objects].tolist()) == {0, 2}
+    assert not (output.proposals_px == BOXES[0, 1]).all(-1).any()
     assert not output.proposals_px.requires_grad
 
 
