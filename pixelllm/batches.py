@@ -120,6 +120,11 @@ def frame_images(records: Sequence[Record], frame: int) -> tuple[Tensor, Tensor]
     return torch.stack([view.image for view in views]), torch.tensor([v.size for v in views])
 
 
+def fill(template: str, phrase: Phrase) -> str:
+    """The context text of a phrase: "{}" in the template is the phrase's own context."""
+    return template.replace("{}", phrase.context)
+
+
 def encode_context(
     contexts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_context: int
 ) -> tuple[Tensor, Tensor]:

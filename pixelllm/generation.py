@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pixelllm.detection import rescore
+from pixelllm.records import Box
 from pixelllm.tokenizer import Word, words_of_tokens
 
 
@@ -37,6 +40,39 @@ class Caption:
         """The caption as plain lists, strings and numbers."""
         words = [{**asdict(w), "point": list(w.point), "box": list(w.box)} for w in self.words]
         return {"caption": self.text, "words": words, "log_prob": self.log_prob}
+
+
+@dataclass(frozen=True)
+class CaptionedBox:
+    """An object found in an image: xyxy in [0, 1], what it is, and how sure the model is.
+
+    `score` combines the detection's with the caption's probability.
+    """
+
+    box: Box
+    caption: Caption
+    score: float
+    detection_score: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The object as plain lists, strings and numbers."""
+        scores = {"score": self.score, "detection_score": self.detection_score}
+        return {"box": list(self.box), **self.caption.to_json(), **scores}
+
+
+def rank(boxes: Tensor, scores: Tensor, captions: Sequence[Caption]) -> list[CaptionedBox]:
+    """Captioned detections by falling confidence (reference, section 10).
+
+    The caption's part is its probability per word, the end counted as one.
+
+    Args:
+        boxes: float32[M, 4]; scores: float32[M], of the detector.
+    """
+    log_probs = torch.tensor([c.log_prob / (len(c.words) + 1) for c in captions])
+    combined = rescore(scores.cpu(), log_probs).tolist()
+    rows = zip(boxes.tolist(), captions, combined, scores.tolist(), strict=True)
+    found = [CaptionedBox(tuple(box), *rest) for box, *rest in rows]
+    return sorted(found, key=lambda item: -item.score)
 
 
 def place_words(

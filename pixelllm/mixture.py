@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pixelllm.batches import Batch, Prompted, TextLimits, collate_text
+from pixelllm.batches import Batch, Prompted, TextLimits, collate_text, fill
 from pixelllm.config import Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.images import resize_size
-from pixelllm.records import Phrase, Record
+from pixelllm.records import Record
 from pixelllm.tables import Table
 from pixelllm.views import View, random_view, see_mask, see_phrase, whole_view
 
@@ -111,11 +111,6 @@ class SourceRecords:
             phrases,
             tuple(fill(contexts[i], p) for i, p in zip(drawn, phrases, strict=True)),
         )
-
-
-def fill(template: str, phrase: Phrase) -> str:
-    """The context text of a phrase: "{}" in the template is the phrase's own context."""
-    return template.replace("{}", phrase.context)
 
 
 def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:

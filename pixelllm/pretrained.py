@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from pixelllm.batches import encode_context
+from pixelllm.boxes import to_relative
 from pixelllm.checkpoints import (
     load_config,
     load_weights,
@@ -18,7 +20,8 @@ from pixelllm.checkpoints import (
 )
 from pixelllm.config import Config
 from pixelllm.contexts import default_contexts
-from pixelllm.generation import Caption, place_words, stream_words
+from pixelllm.generation import Caption, CaptionedBox, place_words, rank, stream_words
+from pixelllm.locating import Location, locate_boxes, original_mask, word_probability
 from pixelllm.model_card import model_card
 from pixelllm.models.build import (
     SpecialIds,
@@ -27,7 +30,7 @@ from pixelllm.models.build import (
     build_mask_head,
     build_parts,
 )
-from pixelllm.models.pixelllm import PixelLLMNetwork
+from pixelllm.models.pixelllm import ImageFeatures, PixelLLMNetwork, Text
 from pixelllm.processor import Processor, ProcessorConfig
 from pixelllm.weights import load_sam_checkpoint
 
@@ -112,7 +115,12 @@ class PixelLLM(PixelLLMNetwork):
         return Processor(
             self.tokenizer,
             ProcessorConfig(
-                self.config.model.frame, self.config.max_context, context, region_context
+                frame=self.config.model.frame,
+                max_context=self.config.max_context,
+                max_tokens=self.config.max_tokens,
+                begin_id=self.language.bos_id,
+                context=context,
+                region_context=region_context,
             ),
         )
 
@@ -124,9 +132,6 @@ class PixelLLM(PixelLLMNetwork):
         boxes: Tensor,
         context_ids: Tensor,
         context_padding: Tensor,
-        *,
-        max_new_tokens: int | None = None,
-        official_rules: bool = False,
         **search: int | float | bool,
     ) -> list[Caption]:
         """Caption every prompt; the image is encoded once, points come from one parallel pass.
@@ -136,6 +141,7 @@ class PixelLLM(PixelLLMNetwork):
             max_new_tokens: end token included; None is the recipe's length.
             official_rules: decode as the release does (greedy without immediate repetition, or
                 its beam search) instead of through `transformers`.
+            max_rows: prompts at a time, which bounds the memory.
             search: `num_beams`, `do_sample`, `temperature`, `top_p`, `length_penalty`.
 
         Returns:
@@ -144,15 +150,36 @@ class PixelLLM(PixelLLMNetwork):
         Raises:
             ValueError: `num_beams` or `max_new_tokens` is below one.
         """
-        prefix = self.prefix(self.encode(images, sizes, {}), sizes, boxes)
-        return self.captions_from_prefix(
-            prefix.flatten(0, 1),
-            context_ids,
-            context_padding,
-            max_new_tokens=max_new_tokens,
-            official_rules=official_rules,
-            **search,
-        )
+        features = self.encode(images, sizes, {})
+        contexts = (context_ids, context_padding)
+        return self.caption_boxes(features, sizes, boxes, *contexts, **search)
+
+    @torch.no_grad()
+    def caption_boxes(
+        self,
+        features: ImageFeatures,
+        sizes: Tensor,
+        boxes: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        *,
+        max_rows: int = 64,
+        **search: int | float | bool,
+    ) -> list[Caption]:
+        """`generate` from the features of the images."""
+        B, K = boxes.shape[:2]
+        ids, padding = (c.unflatten(0, (B, K)) for c in (context_ids, context_padding))
+        step = max(1, max_rows // B)
+        columns: list[list[Caption]] = [[] for _ in range(B)]
+        for start in range(0, K, step):
+            part = slice(start, start + step)
+            prefix = self.prefix(features, sizes, boxes[:, part]).flatten(0, 1)
+            rows = (ids[:, part].flatten(0, 1), padding[:, part].flatten(0, 1))
+            found = self.captions_from_prefix(prefix, *rows, **search)
+            num = len(found) // B
+            for image, column in enumerate(columns):
+                column += found[image * num : (image + 1) * num]
+        return [caption for column in columns for caption in column]
 
     @torch.no_grad()
     def captions_from_prefix(
@@ -179,6 +206,90 @@ class PixelLLM(PixelLLMNetwork):
         points = self.point_head(found.hidden)
         rows = zip(found.token_ids.cpu(), found.log_probs.cpu(), points.cpu(), strict=True)
         return [place_words(self.tokenizer, *row) for row in rows]
+
+    @torch.no_grad()
+    def locate(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        image_sizes: Tensor,
+        boxes: Tensor,
+        context_ids: Tensor,
+        context_padding: Tensor,
+        token_ids: Tensor,
+        token_padding: Tensor,
+        region_ids: Tensor,
+        region_padding: Tensor,
+        is_place: Tensor,
+        with_masks: bool = False,
+    ) -> list[Location]:
+        """Where expressions point.
+
+        Args:
+            with_masks: also segment what they point at.
+            The others come from `Processor.locating`.
+
+        Returns:
+            One location per row, K rows an image, also for rows that fill up fewer expressions.
+
+        Raises:
+            ValueError: masks of a model that has no mask head.
+        """
+        if with_masks and self.mask_head is None:
+            raise ValueError("this model has no mask head; train one of the refseg recipes on it")
+        features = self.encode(images, sizes, {})
+        text = Text(context_ids, context_padding, token_ids, token_padding)
+        found = locate_boxes(self, features, sizes, boxes, text, is_place)
+        captions = text._replace(context_ids=region_ids, context_padding=region_padding)
+        fit = word_probability(self.read(features, sizes, found.boxes, captions).logits, text)
+        masks: list[dict | None] = [None] * len(fit)
+        if with_masks:
+            logits, _ = self.segment(features, sizes, *found, token_padding)
+            frame, K = self.config.model.frame, logits.shape[1]
+            masks = [
+                original_mask(row, sizes[n // K], frame, tuple(image_sizes[n // K].tolist()))
+                for n, row in enumerate(logits.flatten(0, 1))
+            ]
+        rows = zip(found.boxes.flatten(0, 1).tolist(), fit.tolist(), masks, strict=True)
+        return [Location(tuple(box), score, mask) for box, score, mask in rows]
+
+    @torch.no_grad()
+    def describe(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        *,
+        max_detections: int = 100,
+        **search: int | float | bool,
+    ) -> list[list[CaptionedBox]]:
+        """Find objects and caption each (dense object captioning).
+
+        Args:
+            images, sizes: from `Processor`.
+            search: as in `generate`.
+
+        Returns:
+            Per image its objects, the likeliest first.
+
+        Raises:
+            ValueError: a model without a detector.
+        """
+        if self.detector is None:
+            raise ValueError("this model has no detector; train one of the densecap recipes on it")
+        features = self.encode(images, sizes, {})
+        boxes_px, scores = self.detector.detect(features.fused, sizes, max_detections)
+        boxes = to_relative(boxes_px, sizes).clamp(0, 1)
+        context = encode_context(
+            [self.processor().config.region_context], self.tokenizer, self.config.max_context
+        )
+        found = []
+        for image, detected in enumerate(scores > 0):
+            own = ImageFeatures(*(maps[image, None] for maps in features))
+            rows = boxes[image, detected][None]  # (1, M, 4)
+            contexts = (part.to(rows.device).expand(rows.shape[1], -1) for part in context)
+            captions = self.caption_boxes(own, sizes[image, None], rows, *contexts, **search)
+            found.append(rank(rows[0], scores[image, detected], captions))
+        return found
 
     @torch.no_grad()
     def stream(

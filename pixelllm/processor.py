@@ -12,10 +12,19 @@ import torch
 from PIL.Image import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from pixelllm.batches import WHOLE_IMAGE, encode_context
-from pixelllm.checkpoints import find_file, from_fields, write_text
+from pixelllm.batches import (
+    WHOLE_IMAGE,
+    Prompted,
+    TextLimits,
+    collate_text,
+    encode_context,
+    fill,
+)
+from pixelllm.checkpoints import find_file, from_fields
+from pixelllm.contexts import REFERRING_CONTEXT
+from pixelllm.files import write_text
 from pixelllm.images import open_image, to_frame
-from pixelllm.records import Box
+from pixelllm.records import Box, Phrase
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -27,12 +36,16 @@ class ProcessorConfig:
     Args:
         frame: side of the square the images are padded to.
         max_context: context tokens, the end token included.
+        max_tokens: words' tokens, begin and end included.
+        begin_id: of the trunk.
         context: given where the caller gives none.
         region_context: given for a box where the caller gives none.
     """
 
     frame: int
     max_context: int
+    max_tokens: int = 128
+    begin_id: int = 0
     context: str = ""
     region_context: str = ""
 
@@ -95,6 +108,48 @@ class Processor:
                 "context_padding": context_padding,
             }
         )
+
+    def locating(
+        self,
+        images: Sequence[str | Path | bytes | Image],
+        expressions: Sequence[Sequence[str]],
+    ) -> BatchFeature:
+        """Prepare images with expressions each; `**` the result into `model.locate`.
+
+        Raises ValueError: an expression is empty, or the lists differ in length.
+        """
+        if len(images) != len(expressions):
+            raise ValueError(f"{len(expressions)} lists of expressions for {len(images)} images")
+        opened = [open_image(image) for image in images]
+        framed = [to_frame(image, self.config.frame) for image in opened]
+        chosen = [self._expressions(texts) for texts in expressions]
+        limits = TextLimits(self.config.begin_id, self.config.max_tokens, self.config.max_context)
+        rows = collate_text(chosen, self.tokenizer, limits)
+        regions = [self.config.region_context] * len(rows["row_padding"])
+        region_ids, region_padding = encode_context(regions, self.tokenizer, limits.max_context)
+        return BatchFeature(
+            {
+                "images": torch.stack([image for image, _ in framed]),
+                "sizes": torch.tensor([size for _, size in framed]),
+                "image_sizes": torch.tensor([(image.height, image.width) for image in opened]),
+                "boxes": rows["boxes"],
+                **rows["text"]._asdict(),
+                "region_ids": region_ids,
+                "region_padding": region_padding,
+                "is_place": rows["with_points"],
+            }
+        )
+
+    def _expressions(self, texts: Sequence[str]) -> Prompted:
+        """Expressions as phrases whose place is to be found."""
+        empty = [number for number, text in enumerate(texts) if not text.strip()]
+        if empty or not texts:
+            what = f"expression {empty[0]} is empty" if empty else "no expression given"
+            raise ValueError(f"{what}; say what to look for, e.g. 'the red car on the left'")
+        texts = [" ".join(text.split()) for text in texts]
+        phrases = [Phrase(t, "referring", t, context=t, target_box=WHOLE_IMAGE) for t in texts]
+        contexts = (fill(REFERRING_CONTEXT, phrase) for phrase in phrases)
+        return Prompted(None, tuple(phrases), tuple(contexts))
 
     def save_pretrained(self, folder: Path | str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,7 @@ def scenes_small() -> Config:
 
 TINY_MASKS = MaskConfig(num_heads=4, mlp_width=512)  # as in scenes-sam
 TINY_DETECTOR = DetectorConfig(
-    width=64, tower_layers=2, roi_width=128, up_channels=64, num_sampled=64
+    width=64, tower_layers=2, roi_width=128, up_channels=64, num_sampled=32
 )
 EXPRESSIONS = Source(
     "referring",
@@ -173,11 +173,12 @@ EXPRESSIONS = Source(
 )
 REGIONS = Source(
     "region",
+    batch_size=16,
     phrases_per_image=8,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,
     detection_weight=1.0,
-    proposals_per_image=8,
+    proposals_per_image=4,
 )
 
 
@@ -190,7 +191,12 @@ def scenes_joint() -> Config:
         model=replace(small.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
         start=StartConfig(run="runs/scenes-small", sam="runs/quickstart/sam"),
         sources=(Source("narration"), REGIONS, EXPRESSIONS),
-        train=replace(small.train, frozen=(*small.train.frozen, "mask_head")),
+        train=replace(
+            small.train,
+            steps=4500,
+            lr=1.5e-3,
+            frozen=(*small.train.frozen, "mask_head"),
+        ),
         max_context=32,
     )
 

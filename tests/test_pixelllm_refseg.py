@@ -57,7 +57,7 @@ class Answer:
                 self.points_px.flatten(2, 3), self.is_place.repeat_interleave(2, dim=2)
             )
             boxes = self.boxes_px / self.inputs.scale[:, None]
-            self.masks, self.ious = model.segment(features, sizes, boxes, self.prediction)
+            self.masks, self.ious = model.segment(features, sizes, boxes, self.prediction, None)
 
     def check(self, found: torch.Tensor, key: str, **tolerance: float) -> None:
         assert_close(found, self.case.tensor(key), **{**self.case.tolerance, **tolerance})

@@ -182,18 +182,26 @@ class PixelLLMNetwork(nn.Module):
         return self.projection(tokens)
 
     def segment(
-        self, features: ImageFeatures, sizes: Tensor, boxes: Tensor, prediction: Prediction
+        self,
+        features: ImageFeatures,
+        sizes: Tensor,
+        boxes: Tensor,
+        prediction: Prediction,
+        token_padding: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Masks of the things in boxes, through the mask head.
 
         Args:
             boxes: float32[B, K, 4], xyxy in [0, 1] of the image; they get no gradient.
             prediction: of the words that say what is in the boxes.
+            token_padding: bool[R, T] of the words; None lets masks see padding, as the release's.
 
         Returns:
             Logits float[B, K, 4h', 4w'] over the padded frame and predicted IoU float[B, K].
         """
         boxes_px = to_pixels(boxes.detach().float(), sizes)
         hidden = prediction.hidden.unflatten(0, boxes.shape[:2])  # (B, K, T, D)
-        words = (prediction.prefix, hidden)
+        if token_padding is not None:
+            token_padding = token_padding.unflatten(0, boxes.shape[:2])
+        words = (prediction.prefix, hidden, token_padding)
         return self.mask_head(features.sam, boxes_px, self.prompt_encoder, *words)

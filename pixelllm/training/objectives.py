@@ -67,11 +67,13 @@ def located_mask_loss(
     is_place = batch.with_points.repeat_interleave(2, dim=1)  # (R, 2 T)
     boxes = points_to_boxes(prediction.points.flatten(1, 2), is_place)
     boxes = boxes.view(len(batch), batch.num_prompts, 4)
-    logits, ious = model.segment(features, batch.sizes, boxes, prediction)
+    words = (prediction, batch.text.token_padding)
+    logits, ious = model.segment(features, batch.sizes, boxes, *words)
     rows = torch.arange(model.prompt_frame, device=boxes.device)
     outside = rows >= batch.sizes[..., None]  # (B, 2, S), rows and columns
     padding = outside[:, 0, :, None] | outside[:, 1, None]
-    valid = (~batch.row_padding).view(boxes.shape[:2])
+    is_located = batch.with_points.any(-1) & ~batch.row_padding
+    valid = is_located.view(boxes.shape[:2]) & batch.masks.flatten(2).any(-1)
     return mask_loss(logits[:, :, None], ious[..., None], batch.masks, valid, padding).total
 
 
