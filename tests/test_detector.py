@@ -169,6 +169,20 @@ def test_proposals_and_detections_stay_inside_the_image():
         assert found.amin() >= 0 and found[..., 2].max() <= 130 and found[..., 3].max() <= 90
 
 
+def test_what_scores_too_low_is_padding():
+    model = small_detector()
+    model.min_score = 1.0
+    boxes, scores = model.detect(torch.randn(1, 32, 10, 10), SIZES, max_detections=4)
+    assert boxes.shape == (1, 4, 4) and not boxes.any() and not scores.any()
+
+
+def test_the_default_sizes_are_the_release_s():
+    with torch.device("meta"):
+        parts = SimplePyramid(1280), CenterNetHead(), RoiHeads()
+        model = Detector(*parts, frame=384)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 21_948_560
+
+
 @pytest.mark.parametrize("num_top_blocks", [0, 1, 2])
 def test_the_pyramid_has_as_many_levels_as_it_says(num_top_blocks: int):
     pyramid = SimplePyramid(8, 16, 8, num_top_blocks)

@@ -32,6 +32,7 @@ def test_images_without_objects_train_the_classes_alone(sigmoid: bool):
     levels = [torch.randn(2, 4, 8, 8), torch.randn(2, 4, 4, 4)]
     proposals = torch.tensor([[[0.0, 0, 30, 30], [0, 0, 0, 0]]]).expand(2, -1, -1)
     stages = heads(levels, [8, 16], proposals, torch.tensor([[64, 64]] * 2))
+    assert not stages[1].proposals_px.requires_grad
     nothing = torch.zeros(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool)
     classes, deltas = heads.losses(stages, *nothing)
     assert classes > 0 and deltas == 0
