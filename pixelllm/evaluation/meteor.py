@@ -1,154 +1,210 @@
-"""METEOR 1.5 through the Java program that `pycocoevalcap` carries.
+"""METEOR 1.5 (Denkowski & Lavie 2014) for English, as the Java program scores with `-l en -norm`.
 
-Optional: needs Java and `pip install pycocoevalcap`. The program is talked to line by line
-(`SCORE` gives a caption's statistics, `EVAL` turns statistics into scores), with the options of
-COCO caption evaluation. It takes PTB tokens joined by blanks for COCO's numbers; it normalises raw
-captions too, which dense captioning relies on.
+COCO caption evaluation runs that program on PTB tokens, dense captioning on raw captions. Ours
+needs no Java, only the tables that `pycocoevalcap` carries; `benchmarks/meteor.py` compares both.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import selectors
-import shutil
-import subprocess
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cache
+from typing import NamedTuple
 
 from pixelllm.evaluation.captions import check_ids, tokenize_pairs
+from pixelllm.evaluation.meteor_align import Caption, align
+from pixelllm.evaluation.meteor_data import MeteorUnavailable, Tables, data_folder
 
-_HEAP = "2G"  # memory of the Java program
+# The program's parameters of English: the weight of recall, the form and the weight of the
+# fragmentation penalty, the weight of content words, and that of each kind of match.
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
+
+_LETTERS = "A-Za-zŠŽšžŸÀ-ÖØ-öø-žЀ-ӿԀ-ԧꙀ-ꙮ꙾-ꚗᴀ-ᵿ"
+_SIGNS = re.compile(rf"([^0-9{_LETTERS}\s.'`,\-‘’])", re.ASCII)
+# Applied in this order, each to the whole line.
+_SPLITS = tuple(
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (r"(\.{2,})", r" \1 "),
+        (r"(\D),(\D)", r"\1 , \2"),
+        (r"(\d),(\D)", r"\1 , \2"),
+        (r"(\D),(\d)", r"\1 , \2"),
+        (r"[`‘’]", "'"),
+        (r"[“”]|''", ' " '),
+        (r"–", "-"),
+        (r"--", "-"),
+        (rf"([0-9{_LETTERS}.])-([0-9{_LETTERS}])", r"\1 \2"),
+        (rf"([^{_LETTERS}])'([^{_LETTERS}])", r"\1 ' \2"),
+        (rf"([^{_LETTERS}\d])'([{_LETTERS}])", r"\1 ' \2"),
+        (rf"([{_LETTERS}])'([^{_LETTERS}])", r"\1 ' \2"),
+        (rf"([{_LETTERS}])'([{_LETTERS}])", r"\1 '\2"),
+        (r"(\d)'(s)", r"\1 '\2"),
+    )
+)
+_PLAIN = re.compile(r"[A-Za-z0-9 ]*")  # nothing to split
+_LETTER = re.compile(f"[{_LETTERS}]")
+_BLANKS = re.compile(r"[ \t\n\r\f]+")
 
 
-class MeteorUnavailable(RuntimeError):
-    """Java or the package is absent, or the program stopped; the message says what to do."""
+class Statistics(NamedTuple):
+    """What METEOR counts; sums of it give the score of a corpus.
 
-
-class Meteor:
-    """A running METEOR program; use as a context manager, it ends with the block.
-
-    Raises MeteorUnavailable on entering where Java or the package is absent; in `scores` where
-    the program stops or needs more than `timeout` seconds for one answer (the first includes
-    reading the paraphrase table).
+    Weighted counts are those of matched words by kind of match, and of all words, with content
+    words and function words weighed.
     """
 
-    def __init__(self, timeout: float = 120.0):
-        self.timeout = timeout
+    matched: float  # weighted, of the caption
+    matched_reference: float
+    size: float  # weighted, of the caption
+    size_reference: float
+    num_matched: int
+    num_matched_reference: int
+    num_words: int
+    num_words_reference: int
+    chunks: int
 
-    def __enter__(self) -> Meteor:
-        jar = _find_jar()
-        self._errors = tempfile.TemporaryFile()  # a pipe nobody reads would block the program
-        try:
-            self._process = subprocess.Popen(
-                [
-                    *("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", f"-Xmx{_HEAP}"),
-                    *("-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"),
-                ],
-                cwd=jar.parent,  # where the program looks for its paraphrase table
-                env={**os.environ, "LC_ALL": "C.UTF-8"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-            )
-        except OSError as error:
-            self._errors.close()
-            raise MeteorUnavailable(f"Java could not be started for METEOR: {error}") from error
-        self._unread = b""
-        return self
+    @property
+    def is_perfect(self) -> bool:
+        """All words of both match in one run."""
+        return (
+            self.chunks == 1
+            and self.num_matched == self.num_words
+            and self.num_matched_reference == self.num_words_reference
+        )
 
-    def __exit__(self, *exception) -> None:
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                pipe.close()
-            except BrokenPipeError:  # the program went first, with our last line unread
-                pass
-        self._process.wait()
-        self._errors.close()
+    def score(self) -> float:
+        if not self.matched or not self.matched_reference:
+            return 0.0
+        precision = self.matched / self.size
+        recall = self.matched_reference / self.size_reference
+        mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+        fragmentation = 2 * self.chunks / (self.num_matched + self.num_matched_reference)
+        return mean * (1 - _GAMMA * (0.0 if self.is_perfect else fragmentation) ** _BETA)
 
-    def scores(
-        self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> tuple[float, list[float]]:
-        """Corpus METEOR, of the pooled statistics, and METEOR of every caption, in [0, 1].
 
-        Every caption needs at least one reference (else ValueError); an empty one scores 0.
-        """
-        if not hypotheses or len(hypotheses) != len(references):
-            counts = f"{len(hypotheses)} hypotheses and {len(references)} lists of references"
-            raise ValueError(f"{counts}: expected as many of each, and one at least")
-        lines = []
-        for index, (caption, texts) in enumerate(zip(hypotheses, references, strict=True)):
-            if isinstance(texts, str) or not texts:
-                raise ValueError(f"item {index}: expected a list of references, got {texts!r}")
-            lines.append(" ||| ".join(["SCORE", *map(_one_line, texts), _one_line(caption)]))
-        statistics = []
-        for line in lines:
-            self._write(line)
-            statistics.append(self._read())
-        self._write(" ||| ".join(["EVAL", *statistics]))
-        values = [float(self._read()) for _ in range(len(lines) + 1)]
-        return values[-1], values[:-1]
+def meteor_scores(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, list[float]]:
+    """Corpus METEOR, of the pooled statistics, and METEOR of every caption, in [0, 1].
 
-    def _write(self, line: str) -> None:
-        try:
-            self._process.stdin.write(f"{line}\n".encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise MeteorUnavailable(self._diagnosis("stopped")) from None
+    A caption is scored with the reference that is best for it; an empty one scores 0. The tables
+    are read in the first call (a fraction of a second; half a minute when the paraphrases are
+    brought into the cache folder first) and stay in memory.
 
-    def _read(self) -> str:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._unread:
-                if not selector.select(self.timeout):
-                    reason = f"did not answer in {self.timeout:g} s"
-                    raise MeteorUnavailable(self._diagnosis(reason))
-                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise MeteorUnavailable(self._diagnosis("stopped"))
-                self._unread += chunk
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line.decode().strip()
+    Args:
+        hypotheses: captions, raw or as tokens joined by blanks.
+        references: as many lists, one caption at least in each.
 
-    def _diagnosis(self, what: str) -> str:
-        # pread: the program shares the file's position, and may still be writing.
-        said = os.pread(self._errors.fileno(), 1 << 16, 0).decode(errors="replace").strip()[-500:]
-        return f"the METEOR program {what}; it needs {_HEAP} of memory. It said: {said or '-'}"
+    Raises:
+        ValueError: no captions, lists of unequal length, or a caption without references.
+        MeteorUnavailable: `pycocoevalcap` is not installed.
+    """
+    _check(hypotheses, references)
+    captions = _prepare({*hypotheses, *(text for texts in references for text in texts)})
+    best = [
+        _best(captions[caption], [captions[text] for text in texts])
+        for caption, texts in zip(hypotheses, references, strict=True)
+    ]
+    # The program leaves the chunk of a perfect caption out of the sum.
+    pooled = [item._replace(chunks=0) if item.is_perfect else item for item in best]
+    corpus = Statistics(*map(sum, zip(*pooled, strict=True)))
+    return corpus.score(), [item.score() for item in best]
 
 
 def score_meteor(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
     """Corpus METEOR of raw captions in [0, 1], tokenised as COCO does; see `score_captions`."""
     check_ids(hypotheses, references)
     candidates, truths = tokenize_pairs(hypotheses, references)
-    with Meteor() as meteor:
-        joined = [[" ".join(tokens) for tokens in texts] for texts in truths]
-        return meteor.scores([" ".join(tokens) for tokens in candidates], joined)[0]
+    joined = [[" ".join(tokens) for tokens in texts] for texts in truths]
+    return meteor_scores([" ".join(tokens) for tokens in candidates], joined)[0]
 
 
 def unavailable_reason() -> str | None:
     """Why METEOR cannot run here, with the remedy; None where it can."""
     try:
-        _find_jar()
+        data_folder()
     except MeteorUnavailable as error:
         return str(error)
     return None
 
 
-def _find_jar() -> Path:
-    if shutil.which("java") is None:
-        raise MeteorUnavailable("METEOR needs Java 8+, but no `java` is on the PATH")
-    spec = importlib.util.find_spec("pycocoevalcap")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise MeteorUnavailable("METEOR needs pycocoevalcap: pip install 'pixelllm[meteor]'")
-    jar = Path(folders[0]) / "meteor" / "meteor-1.5.jar"
-    if not jar.exists():
-        raise MeteorUnavailable(f"{jar} is missing: reinstall pycocoevalcap")
-    return jar
+def normalize(line: str, abbreviations: Mapping[str, bool]) -> list[str]:
+    """Lower-case tokens, punctuation among them; dots and hyphens inside words are dropped."""
+    line = " ".join(line.splitlines()).replace("|||", "")  # COCO drops this separator
+    if not _PLAIN.fullmatch(line):
+        line = _SIGNS.sub(r" \1 ", f" {line} ")
+        for pattern, replacement in _SPLITS:
+            line = pattern.sub(replacement, line)
+        words = _BLANKS.split(line.strip(" \t\n\r\f"))
+        following = [*words[1:], ""]
+        line = " ".join(
+            _split_period(word, next_word, abbreviations)
+            for word, next_word in zip(words, following, strict=True)
+        )
+    return line.lower().split()
 
 
-def _one_line(caption: str) -> str:
-    """A caption that cannot be taken for the protocol's own separators."""
-    return " ".join(caption.splitlines()).replace("|||", "").replace("  ", " ")
+def _split_period(word: str, following: str, abbreviations: Mapping[str, bool]) -> str:
+    stem = word.removesuffix(".")
+    if stem == word or not stem.strip("."):
+        return word
+    if "." in stem and _LETTER.search(stem):
+        return word.replace(".", "")  # U.S. as US
+    numeric_only = abbreviations.get(stem)
+    if numeric_only is False or "a" <= following[:1] <= "z":
+        return word
+    if numeric_only and "0" <= following[:1] <= "9":
+        return word
+    return f"{stem} ."
+
+
+@cache
+def _tables() -> Tables:
+    return Tables()
+
+
+def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if not hypotheses or len(hypotheses) != len(references):
+        counts = f"{len(hypotheses)} hypotheses and {len(references)} lists of references"
+        raise ValueError(f"{counts}: expected as many of each, and one at least")
+    for index, texts in enumerate(references):
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"item {index}: expected a list of references, got {texts!r}")
+
+
+def _prepare(texts: set[str]) -> dict[str, Caption]:
+    tables = _tables()
+    captions = {
+        text: Caption([tables.word(word) for word in normalize(text, tables.abbreviations)])
+        for text in texts
+    }
+    phrases = {phrase for caption in captions.values() for _, _, phrase in caption.phrases()}
+    paraphrases = tables.paraphrases.among(phrases)
+    targets = frozenset().union(*paraphrases.values())
+    for caption in captions.values():
+        caption.relate(paraphrases, targets)
+    return captions
+
+
+def _best(caption: Caption, references: Sequence[Caption]) -> Statistics:
+    return max((_count(caption, reference) for reference in references), key=Statistics.score)
+
+
+def _count(caption: Caption, reference: Caption) -> Statistics:
+    matches, chunks = align(caption, reference)
+    ours, theirs = _word_weights(caption), _word_weights(reference)
+    matched = matched_reference = num_matched = num_matched_reference = 0
+    for start, length, caption_start, caption_length, kind in matches:
+        matched += _WEIGHTS[kind] * sum(ours[caption_start : caption_start + caption_length])
+        matched_reference += _WEIGHTS[kind] * sum(theirs[start : start + length])
+        num_matched += caption_length
+        num_matched_reference += length
+    return Statistics(
+        matched, matched_reference, sum(ours), sum(theirs),
+        num_matched, num_matched_reference, len(ours), len(theirs), chunks,
+    )  # fmt: skip
+
+
+def _word_weights(caption: Caption) -> list[float]:
+    return [1 - _DELTA if word.is_function else _DELTA for word in caption.words]
