@@ -218,8 +218,6 @@ class PixelLLM(PixelLLMNetwork):
         context_padding: Tensor,
         token_ids: Tensor,
         token_padding: Tensor,
-        region_ids: Tensor,
-        region_padding: Tensor,
         is_place: Tensor,
         with_masks: bool = False,
     ) -> list[Location]:
@@ -240,7 +238,7 @@ class PixelLLM(PixelLLMNetwork):
         features = self.encode(images, sizes, {})
         text = Text(context_ids, context_padding, token_ids, token_padding)
         found = locate_boxes(self, features, sizes, boxes, text, is_place)
-        captions = text._replace(context_ids=region_ids, context_padding=region_padding)
+        captions = Text(*self._region_context(len(is_place)), token_ids, token_padding)
         fit = word_probability(self.read(features, sizes, found.boxes, captions).logits, text)
         masks: list[dict | None] = [None] * len(fit)
         if with_masks:
@@ -279,17 +277,21 @@ class PixelLLM(PixelLLMNetwork):
         features = self.encode(images, sizes, {})
         boxes_px, scores = self.detector.detect(features.fused, sizes, max_detections)
         boxes = to_relative(boxes_px, sizes).clamp(0, 1)
-        context = encode_context(
-            [self.processor().config.region_context], self.tokenizer, self.config.max_context
-        )
         found = []
         for image, detected in enumerate(scores > 0):
             own = ImageFeatures(*(maps[image, None] for maps in features))
             rows = boxes[image, detected][None]  # (1, M, 4)
-            contexts = (part.to(rows.device).expand(rows.shape[1], -1) for part in context)
-            captions = self.caption_boxes(own, sizes[image, None], rows, *contexts, **search)
+            context = self._region_context(rows.shape[1])
+            captions = self.caption_boxes(own, sizes[image, None], rows, *context, **search)
             found.append(rank(rows[0], scores[image, detected], captions))
         return found
+
+    def _region_context(self, num_rows: int) -> list[Tensor]:
+        """Ids and padding of the context that asks for the caption of a box, for every row."""
+        context = default_contexts(self.config)[1]
+        encoded = encode_context([context], self.tokenizer, self.config.max_context)
+        device = next(self.parameters()).device
+        return [part.to(device).expand(num_rows, -1) for part in encoded]
 
     @torch.no_grad()
     def stream(

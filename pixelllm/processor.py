@@ -125,8 +125,6 @@ class Processor:
         chosen = [self._expressions(texts) for texts in expressions]
         limits = TextLimits(self.config.begin_id, self.config.max_tokens, self.config.max_context)
         rows = collate_text(chosen, self.tokenizer, limits)
-        regions = [self.config.region_context] * len(rows["row_padding"])
-        region_ids, region_padding = encode_context(regions, self.tokenizer, limits.max_context)
         return BatchFeature(
             {
                 "images": torch.stack([image for image, _ in framed]),
@@ -134,8 +132,6 @@ class Processor:
                 "image_sizes": torch.tensor([(image.height, image.width) for image in opened]),
                 "boxes": rows["boxes"],
                 **rows["text"]._asdict(),
-                "region_ids": region_ids,
-                "region_padding": region_padding,
                 "is_place": rows["with_points"],
             }
         )
