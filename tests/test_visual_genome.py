@@ -174,8 +174,8 @@ def test_a_damaged_list_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pyte
     """The rest would be searched again with every chunk, hours for a published file."""
     monkeypatch.setattr(data.annotations, "CHUNK", 10)
     monkeypatch.setattr(data.annotations, "LONGEST_ENTRY", 50)
-    (tmp_path / "list.json").write_text('[{"a" 1}, ' + '{"a": 1}, ' * 100 + "{}]")
-    with pytest.raises(ValueError, match=r"char (4|5|6)\)"):
+    (tmp_path / "list.json").write_bytes(b'[{"a" 1}, ' + b'{"a": 1}, ' * 5000 + b"\xff]")
+    with pytest.raises(ValueError, match="Expecting ':' delimiter"):
         list(stream_list(tmp_path / "list.json"))
 
 
