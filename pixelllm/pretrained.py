@@ -238,7 +238,7 @@ class PixelLLM(PixelLLMNetwork):
         features = self.encode(images, sizes, {})
         text = Text(context_ids, context_padding, token_ids, token_padding)
         found = locate_boxes(self, features, sizes, boxes, text, is_place)
-        captions = Text(*self._region_context(len(is_place)), token_ids, token_padding)
+        captions = Text(*self.region_context(len(is_place)), token_ids, token_padding)
         fit = word_probability(self.read(features, sizes, found.boxes, captions).logits, text)
         masks: list[dict | None] = [None] * len(fit)
         if with_masks:
@@ -281,12 +281,12 @@ class PixelLLM(PixelLLMNetwork):
         for image, detected in enumerate(scores > 0):
             own = ImageFeatures(*(maps[image, None] for maps in features))
             rows = boxes[image, detected][None]  # (1, M, 4)
-            context = self._region_context(rows.shape[1])
+            context = self.region_context(rows.shape[1])
             captions = self.caption_boxes(own, sizes[image, None], rows, *context, **search)
             found.append(rank(rows[0], scores[image, detected], captions))
         return found
 
-    def _region_context(self, num_rows: int) -> list[Tensor]:
+    def region_context(self, num_rows: int) -> list[Tensor]:
         """Ids and padding of the context that asks for the caption of a box, for every row."""
         context = default_contexts(self.config)[1]
         encoded = encode_context([context], self.tokenizer, self.config.max_context)

@@ -83,7 +83,7 @@ def test_the_limit_takes_the_first(tiny_run, tiny_tables, written, tmp_path, cap
     first = (written / "trace_predictions.jsonl").read_text().splitlines()[:2]
     assert [json.loads(a)["image_id"] for a in lines] == [json.loads(a)["image_id"] for a in first]
     printed = capsys.readouterr().out
-    assert "trace, 2 narrations" in printed
+    assert "trace, 2 examples" in printed
     assert "object_recall" in printed  # the truth was found beside the annotations
 
 
@@ -261,7 +261,7 @@ def test_teacher_forced_points_are_those_of_the_reference_words(tiny_model, tiny
     assert item.word_boxes.shape == item.target_boxes.shape == (len(spans), 4)
     places = [
         any(p.start < end and start < p.end and p.box for p in item.phrase.pieces)
-        for start, end in command.objects.words_of(item.phrase.caption)
+        for start, end in objects.words_of(item.phrase.caption)
     ]
     agree = np.mean(~np.isnan(item.target_boxes[:, 0]) == np.array(places))
     assert agree > 0.95  # a word at a seam may have tokens on both sides

@@ -19,7 +19,7 @@ LAYERS = (
     ("pixelllm.records", "pixelllm.tables", "pixelllm.alignment", "pixelllm.tokenizer",
      "pixelllm.checkpoints", "pixelllm.recipes", "pixelllm.contexts", "pixelllm.views",
      "pixelllm.paper_recipes", "pixelllm.scene_recipes", "pixelllm.generation",
-     "pixelllm.model_card",
+     "pixelllm.model_card", "pixelllm.locating",
      "pixelllm.batches", "pixelllm.feature_cache", "pixelllm.mixture", "pixelllm.processor",
      "pixelllm.pretrained", "pixelllm.pictures", "pixelllm.viewer"),
     ("pixelllm.training", "pixelllm.evaluation"),

@@ -19,6 +19,7 @@ from pixelllm.config import Source
 from pixelllm.evaluation.captions import score_captions
 from pixelllm.evaluation.lbm import trace_distance, trace_distance_given_caption
 from pixelllm.evaluation.points import mean_trace_l1
+from pixelllm.evaluation.report import mean_of_known
 from pixelllm.generation import Caption, pointing_token
 from pixelllm.mixture import assemble, records_with_task
 from pixelllm.pretrained import PixelLLM
@@ -121,12 +122,6 @@ def point_l1(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """Official point error over (points, targets); narrations without any place do not count."""
     known = [(p, t, ~np.isnan(t).any((-1, -2))) for p, t in pairs]
     return mean_trace_l1([item for item in known if item[-1].any()])
-
-
-def mean_of_known(values: Iterable[float]) -> float:
-    """Mean of what is not NaN; NaN where all is."""
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def lbm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

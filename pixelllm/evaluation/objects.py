@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from pixelllm.alignment import words_of
 from pixelllm.evaluation.narrations import Narration
 from pixelllm.generation import Caption
+from pixelllm.tables import REPORT_FILE, Table
 
+KINDS = ("relation_needed", "unseen", "heldout_pair")  # of expressions, beside plain, relational
 Mentions = Callable[[str], list[tuple[int, int, str, str]]]  # start, end, colour, kind
 
 
@@ -29,6 +31,8 @@ class ObjectTruth:
     centers: np.ndarray  # float[O, 2]
     mentions: list[tuple[int, int, int]]  # start, end (characters of the reference), object
     is_held_out: bool  # has an object whose colour and kind never met in training
+    # What kind the referring expressions are, by phrase id.
+    expressions: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
 def load_truth(path: Path) -> dict[str, ObjectTruth]:
@@ -43,8 +47,24 @@ def load_truth(path: Path) -> dict[str, ObjectTruth]:
             centers=np.array([o["center"] for o in objects]),
             mentions=[(m["start"], m["end"], m["object"]) for m in entry["mentions"]],
             is_held_out=entry["heldout_pair"],
+            expressions={
+                f"referring/{e['sent_id']}": frozenset({e["kind"], *(k for k in KINDS if e[k])})
+                for e in entry["expressions"]
+            },
         )
     return truth
+
+
+def find_truth(table: Table) -> Path | None:
+    """The truth file that data.scenes writes near the annotations a table was made from."""
+    report = json.loads((table.path / REPORT_FILE).read_text())
+    image_id = f'"image_id": "{table[0].id.rpartition("/")[2]}"'
+    for file in map(Path, report.get("files", [])):
+        for folder in (file.parent, file.parent.parent):
+            for truth in sorted(folder.glob("*_truth.jsonl")):
+                if image_id in truth.read_text():
+                    return truth
+    return None
 
 
 def inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:

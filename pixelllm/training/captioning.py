@@ -15,10 +15,9 @@ from pixelllm.batches import Batch, TextLimits
 from pixelllm.checkpoints import write_text
 from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
-from pixelllm.mixture import Mixture, records_with_task
+from pixelllm.mixture import Mixture, SourceRecords, records_with_task
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.pretrained import PUBLISHED, PixelLLM
-from pixelllm.records import Phrase
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.loop import Stage
@@ -86,8 +85,8 @@ def build_stage(
 
     def export(folder: Path) -> None:
         model.save_pretrained(folder)
-        sample = [phrase.caption for phrase in sample_phrases(batches)]
-        write_text(folder / BASELINE_FILE, json.dumps(sample))
+        samples = {records.source.task: sample_captions(records) for records in batches.sources}
+        write_text(folder / BASELINE_FILE, json.dumps(samples))
 
     return Stage(model, batches, loss, validate, export)
 
@@ -105,12 +104,11 @@ def scored_sources(sources: Sequence[Source], val: list[Table]) -> list[Source]:
     return found
 
 
-def sample_phrases(batches: Mixture, count: int = 500) -> list[Phrase]:
-    """Phrases of the first source's random walk, for the trivial baseline of an evaluation."""
-    source = batches.sources[0]
-    records = (source[position] for position in range(min(count, len(source.rows))))
-    task = source.source.task
-    return [next(p for p in record.phrases if p.task == task) for record in records]
+def sample_captions(records: SourceRecords, count: int = 500) -> list[str]:
+    """Captions of a source's random walk, for the trivial baseline of an evaluation."""
+    walk = (records[position] for position in range(min(count, len(records.rows))))
+    task = records.source.task
+    return [next(p.caption for p in record.phrases if p.task == task) for record in walk]
 
 
 def text_limits(config: Config, model: PixelLLM) -> TextLimits:

@@ -1,0 +1,134 @@
+"""The referring tasks on a table: a box, and a mask, for every expression (reference, §12.2)."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from pixelllm.batches import Prompted, TextLimits, fill
+from pixelllm.config import Source
+from pixelllm.contexts import REFERRING_CONTEXT
+from pixelllm.evaluation.dense import Detection
+from pixelllm.evaluation.referring import score_referred_boxes, score_referred_masks
+from pixelllm.evaluation.report import Evaluation, Limits, Scores
+from pixelllm.evaluation.results import coco_results
+from pixelllm.locating import Location
+from pixelllm.mixture import assemble, records_with_task
+from pixelllm.pretrained import PixelLLM
+from pixelllm.records import Box, Phrase, Record
+from pixelllm.tables import Table
+
+TASK = "referring"
+MIDDLE: Box = (0.25, 0.25, 0.75, 0.75)
+Labels = Mapping[str, frozenset[str]]  # kinds of expressions by phrase id
+
+
+@dataclass(frozen=True)
+class Referred:
+    """An expression of an image and where the model says it is."""
+
+    record: Record
+    phrase: Phrase
+    location: Location
+
+
+def predict_expressions(
+    model: PixelLLM, table: Table, limits: Limits, with_masks: bool
+) -> Iterator[Referred]:
+    """Every expression of the table, images in order, with a progress bar.
+
+    Raises ValueError where the table has none.
+    """
+    rows = records_with_task(table, TASK)
+    if not len(rows):
+        raise ValueError(f"{table.path}: no {TASK!r} phrases; make the table with data.refcoco")
+    left = limits.limit or float("inf")
+    for start in tqdm(range(0, len(rows), limits.batch_size), desc="expressions", unit="batch"):
+        records = [table[int(row)] for row in rows[start : start + limits.batch_size]]
+        for found in _locate(model, records, with_masks):
+            if left == 0:
+                return
+            left -= 1
+            yield found
+
+
+def _locate(model: PixelLLM, records: list[Record], with_masks: bool) -> list[Referred]:
+    """All expressions of the records."""
+    chosen = []
+    for record in records:
+        phrases = tuple(p for p in record.phrases if p.task == TASK)
+        contexts = tuple(fill(REFERRING_CONTEXT, phrase) for phrase in phrases)
+        chosen.append(Prompted(record, phrases, contexts))
+    config, device = model.config, next(model.parameters()).device
+    limits = TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
+    batch = assemble(
+        chosen,
+        model.tokenizer,
+        limits,
+        frame=config.model.frame,
+        source=Source(TASK),
+        cache=None,
+    ).to(device)
+    image_sizes = torch.tensor([record.size for record in records])
+    views = (batch.images, batch.sizes, image_sizes, batch.boxes)
+    locations = iter(model.locate(*views, *batch.text, batch.with_points, with_masks))
+    found = []
+    for item in chosen:
+        of_image = [next(locations) for _ in range(batch.num_prompts)]
+        pairs = zip(item.phrases, of_image, strict=False)  # further rows fill up
+        found += [Referred(item.record, phrase, location) for phrase, location in pairs]
+    return found
+
+
+def evaluate_expressions(
+    model: PixelLLM, table: Table, limits: Limits, labels: Labels, with_masks: bool = False
+) -> Evaluation:
+    """Score a table of expressions, and each kind of them that `labels` knows."""
+    found = list(predict_expressions(model, table, limits, with_masks))
+    metrics = score_found(found, with_masks)
+    for label in sorted(set().union(*labels.values())) if labels else ():
+        of_kind = [item for item in found if label in labels.get(item.phrase.id, ())]
+        if of_kind:
+            scores = score_found(of_kind, with_masks)
+            metrics |= {f"{label}_{name}": score for name, score in scores.items()}
+    truths = {item.phrase.id: item.phrase.target_box for item in found}
+    task = "segmentation" if with_masks else "referring"
+    return Evaluation(
+        metrics=metrics,
+        baselines=score_referred_boxes(dict.fromkeys(truths, MIDDLE), truths),
+        num_examples=len(found),
+        trivial="a box of half the image's sides in its middle",
+        predictions={f"{task}_results.json": json.dumps(results(found))},
+    )
+
+
+def score_found(found: list[Referred], with_masks: bool) -> Scores:
+    boxes = {item.phrase.id: item.phrase.target_box for item in found}
+    scores = score_referred_boxes({i.phrase.id: i.location.box for i in found}, boxes)
+    if with_masks:
+        known = [item for item in found if item.phrase.mask is not None]
+        scores |= score_referred_masks(
+            {item.phrase.id: item.location.mask for item in known},
+            {item.phrase.id: item.phrase.mask for item in known},
+            {item.phrase.id: boxes[item.phrase.id] for item in known},
+        )
+    return scores
+
+
+def results(found: list[Referred]) -> list[dict]:
+    """In COCO's results format, with the expression as `caption` and its id."""
+    by_image, sizes, ids = defaultdict(list), {}, []
+    for item in sorted(found, key=lambda item: item.record.id):
+        image_id = item.record.id.rpartition("/")[2]
+        where = item.location
+        detection = Detection(where.box, where.score, item.phrase.caption, where.mask)
+        by_image[image_id].append(detection)
+        sizes[image_id] = item.record.size
+        ids.append(item.phrase.id)
+    entries = coco_results(by_image, sizes)
+    return [{**entry, "id": name} for entry, name in zip(entries, ids, strict=True)]
