@@ -15,15 +15,19 @@ import torch
 
 import data.coco
 import data.localized_narratives
+import data.refcoco
+import data.visual_genome
 import train
 from data.scene_worlds import World
 from data.scenes import Options, write_scenes
 from pixelllm.config import (
     Config,
+    DetectorConfig,
     Eva02Config,
     Eva02Pretraining,
     LanguageConfig,
     LossConfig,
+    MaskConfig,
     ModelConfig,
     PointConfig,
     PromptConfig,
@@ -33,6 +37,7 @@ from pixelllm.config import (
     StartConfig,
     TrainConfig,
 )
+from pixelllm.contexts import REFERRING_CONTEXT, REGION_CONTEXT
 from pixelllm.pretrained import PixelLLM
 
 torch.set_num_threads(1)  # on tiny models, threads wait for each other more than they work
@@ -177,6 +182,47 @@ def make_tiny_config(**changes: Any) -> Config:
     return replace(config, **changes)
 
 
+TINY_DETECTOR = DetectorConfig(
+    width=32, tower_layers=1, roi_width=16, up_channels=16, num_sampled=16
+)
+TINY_MASKS = MaskConfig(num_layers=1, num_heads=8, mlp_width=32)  # as the tiny SAM's decoder
+JOINT_SOURCES = (
+    Source("narration"),
+    Source(
+        "region",
+        weight=2,
+        contexts=(REGION_CONTEXT,),
+        phrases_per_image=8,
+        point_weight=0.0,
+        detection_weight=1.0,
+        proposals_per_image=4,
+    ),
+    Source(
+        "referring",
+        contexts=(REFERRING_CONTEXT,),
+        phrases_per_image=3,
+        text_weight=0.0,
+        mask_weight=1.0,
+    ),
+)
+
+
+def make_tiny_joint_config(**changes: Any) -> Config:
+    """The tiny PixelLLM with all it can have: it narrates, finds, captions, locates, segments."""
+    config = make_tiny_config()
+    joint = replace(
+        config,
+        name="tiny-joint",
+        model=replace(config.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
+        sources=JOINT_SOURCES,
+        train=short_training(
+            24, eval_every=12, save_every=12, frozen=(*config.train.frozen, "mask_head.decoder")
+        ),
+        max_context=32,
+    )
+    return replace(joint, **changes)
+
+
 @pytest.fixture
 def tiny_config() -> Config:
     return make_tiny_config()
@@ -193,12 +239,19 @@ def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Tables:
-    """Folders of tables that the readers made from `tiny_scenes`."""
+    """Folders of tables that the readers made from `tiny_scenes`.
+
+    `regions` are COCO's objects under their class names, `described` Visual Genome's phrases.
+    """
 
     train: Path
     val: Path
     train_regions: Path
     val_regions: Path
+    train_described: Path
+    val_described: Path
+    train_referring: Path
+    val_referring: Path
     truth: Path
 
 
@@ -216,15 +269,31 @@ def tiny_tables(tiny_scenes: Path) -> Tables:
             tiny_scenes / split,
             out / f"{split}_regions",
         )
-    truth = annotations / "scenes_val_truth.jsonl"
-    return Tables(out / "train", out / "val", out / "train_regions", out / "val_regions", truth)
+        data.visual_genome.convert(
+            [annotations / "visual_genome" / f"{split}.json"],
+            tiny_scenes / split,
+            out / f"{split}_described",
+        )
+        data.refcoco.convert(
+            [annotations / "refer" / "refs(unc).p", annotations / "refer" / "instances.json"],
+            data.refcoco.Options(tiny_scenes / split, split),
+            out / f"{split}_referring",
+        )
+    kinds = ("", "_regions", "_described", "_referring")
+    tables = (out / f"{split}{kind}" for kind in kinds for split in ("train", "val"))
+    return Tables(*tables, annotations / "scenes_val_truth.jsonl")
 
 
 def run_stage(
-    config: train.Recipe, tables: Sequence[Path], val: Path, out: Path, **options: Any
+    config: train.Recipe,
+    tables: Sequence[Path],
+    val: Path | Sequence[Path],
+    out: Path,
+    **options: Any,
 ) -> Path:
     """Train as `train.py` does, without its command line; returns the run's folder."""
-    run = train.Run(tuple(tables), (val,), out, device="cpu", **options)
+    val = (val,) if isinstance(val, Path) else tuple(val)
+    run = train.Run(tuple(tables), val, out, device="cpu", **options)
     train.run_training(run, config)
     return out
 
@@ -265,3 +334,23 @@ def tiny_run(tiny_tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> T
 def tiny_model(tiny_run: TinyRun) -> PixelLLM:
     """The trained tiny model in evaluation mode; do not change it."""
     return PixelLLM.from_pretrained(tiny_run.main)
+
+
+@pytest.fixture(scope="session")
+def tiny_joint(tiny_tables: Tables, tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory):
+    """Folder of a run of all tasks, with mask head and detector, from the tiny run."""
+    out = tmp_path_factory.mktemp("joint") / "run"
+    start = StartConfig(run=str(tiny_run.main), sam=str(tiny_run.sam))
+    return run_stage(make_tiny_joint_config(start=start), *joint_tables(tiny_tables), out)
+
+
+def joint_tables(tables: Tables) -> tuple[list[Path], list[Path]]:
+    """The tables of `make_tiny_joint_config` to train on and to validate on."""
+    train_tables = [tables.train, tables.train_described, tables.train_referring]
+    return train_tables, [tables.val, tables.val_described, tables.val_referring]
+
+
+@pytest.fixture(scope="session")
+def tiny_joint_model(tiny_joint: Path) -> PixelLLM:
+    """The trained tiny model of all tasks in evaluation mode; do not change it."""
+    return PixelLLM.from_pretrained(tiny_joint)
