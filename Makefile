@@ -1,5 +1,6 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
+# make small: the same model after an hour. make joint: one model for every task, from quickstart.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -7,7 +8,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart small joint test lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(RUN)/gallery.html
@@ -67,6 +68,57 @@ $(RUN)/eval/trace.json: $(RUN)/model.safetensors
 $(RUN)/gallery.html: $(RUN)/eval/trace.json
 	$(PY) -m pixelllm.cli caption $$(ls $(DATA)/scenes/val/*.jpg | head -n 60) \
 	    --model $(RUN) --html $@ --json > $(RUN)/captions.jsonl
+
+# The larger recipes share 40,000 scenes and the quickstart's SAM, EVA02 and cache of features.
+BIG := runs/scenes
+ANNOTATIONS := $(BIG)/scenes/annotations
+CACHE := --cache-features $(RUN)/cache --resume
+
+$(BIG)/scenes/scenes.json: | .venv/installed
+	$(PY) -m data.scenes $(BIG)/scenes --train 40000 --val 500 --seed 0
+
+$(BIG)/narrations_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.localized_narratives --images $(BIG)/scenes --out $(@D) \
+	    $(ANNOTATIONS)/scenes_$*_localized_narratives.jsonl
+
+$(BIG)/objects_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.coco $(ANNOTATIONS)/instances_$*.json --images $(BIG)/scenes/$* --out $(@D)
+
+$(BIG)/regions_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.visual_genome $(ANNOTATIONS)/visual_genome/$*.json \
+	    --images $(BIG)/scenes/$* --out $(@D)
+
+$(BIG)/referring_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.refcoco "$(ANNOTATIONS)/refer/refs(unc).p" $(ANNOTATIONS)/refer/instances.json \
+	    --images $(BIG)/scenes/$* --split $* --out $(@D)
+
+runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
+    $(BIG)/narrations_val/records.arrow $(BIG)/objects_train/records.arrow \
+    $(RUN)/sam/model.safetensors $(RUN)/eva02/model.safetensors
+	$(PY) train.py scenes-small --data $(BIG)/narrations_train $(BIG)/objects_train \
+	    --val $(BIG)/narrations_val --start.sam $(RUN)/sam --start.eva02 $(RUN)/eva02 \
+	    --out $(@D) $(CACHE)
+
+small: runs/small/model.safetensors
+	$(PY) eval.py runs/small --task trace --data $(BIG)/narrations_val
+
+JOINT_TABLES := narrations regions referring
+
+runs/joint/model.safetensors: $(RUN)/model.safetensors \
+    $(foreach t,$(JOINT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
+	$(PY) train.py scenes-joint --data $(JOINT_TABLES:%=$(BIG)/%_train) \
+	    --val $(JOINT_TABLES:%=$(BIG)/%_val) --start.run $(RUN) --start.sam $(RUN)/sam \
+	    --out $(@D) $(CACHE)
+
+runs/joint-refseg/model.safetensors: runs/joint/model.safetensors
+	$(PY) train.py scenes-joint-refseg --data $(BIG)/referring_train --val $(BIG)/referring_val \
+	    --start.run runs/joint --out $(@D) $(CACHE)
+
+joint: runs/joint-refseg/model.safetensors
+	$(PY) eval.py $(<D) --task trace --data $(BIG)/narrations_val
+	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
+	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
+	$(PY) eval.py $(<D) --task dense --data $(BIG)/regions_val
 
 clean:
 	rm -rf $(RUN)

@@ -189,7 +189,7 @@ def scenes_joint() -> Config:
         small,
         name="scenes-joint",
         model=replace(small.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
-        start=StartConfig(run="runs/scenes-small", sam="runs/quickstart/sam"),
+        start=StartConfig(run="runs/quickstart", sam="runs/quickstart/sam"),
         sources=(Source("narration"), REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
@@ -203,15 +203,15 @@ def scenes_joint() -> Config:
 
 def scenes_joint_refseg() -> Config:
     """The masks of scenes-joint: the adapter before SAM's mask decoder learns, nothing else."""
-    return masks_alone(scenes_joint(), start="runs/scenes-joint")
+    return masks_alone(scenes_joint(), start="runs/joint")
 
 
 def scenes_ref() -> Config:
-    """Referring localization on scenes, from scenes-small."""
+    """Referring localization on scenes, from scenes-tiny."""
     joint = scenes_joint()
     model = replace(joint.model, masks=None, detector=None)
     train = replace(joint.train, frozen=scenes_small().train.frozen)
-    start = StartConfig(run="runs/scenes-small")
+    start = StartConfig(run="runs/quickstart")
     return replace(
         joint, name="scenes-ref", model=model, start=start, sources=(EXPRESSIONS,), train=train
     )
@@ -225,11 +225,11 @@ def scenes_refseg() -> Config:
 
 
 def scenes_densecap() -> Config:
-    """Dense object captioning on scenes, from scenes-small."""
+    """Dense object captioning on scenes, from scenes-tiny."""
     joint = scenes_joint()
     model = replace(joint.model, masks=None)
     train = replace(joint.train, frozen=(*scenes_small().train.frozen, "point_head"))
-    start = StartConfig(run="runs/scenes-small")
+    start = StartConfig(run="runs/quickstart")
     return replace(
         joint, name="scenes-densecap", model=model, start=start, sources=(REGIONS,), train=train
     )
