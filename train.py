@@ -67,7 +67,7 @@ def recipe_named(name: str) -> Recipe:
 
 def list_recipes() -> str:
     """The recipes with what they are for, a line each."""
-    lines = (f"  {name:16}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    lines = (f"  {name:20}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
     return "recipes:\n" + "\n".join(lines)
 
 

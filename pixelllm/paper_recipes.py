@@ -196,7 +196,7 @@ def joint_bert() -> Config:
 
 
 def joint_refseg_t5xl() -> Config:
-    """The masks of joint: the adapter before SAM's mask decoder learns, nothing else."""
+    """The masks of joint: only the adapter before SAM's decoder learns."""
     joint = joint_t5xl()
     return replace(
         joint,

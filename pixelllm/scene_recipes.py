@@ -75,7 +75,7 @@ def scenes_sam() -> SamPretraining:
 
 
 def scenes_eva02() -> Eva02Pretraining:
-    """A small EVA02 that knows what and where the objects of scenes are: the other half."""
+    """A small EVA02 that names the objects of scenes: the other half of the eyes."""
     train = replace(TINY_PRETRAINING, steps=1500)
     return Eva02Pretraining(name="scenes-eva02", frame=160, eva02=TINY_EVA02, train=train)
 
@@ -183,7 +183,7 @@ REGIONS = Source(
 
 
 def scenes_joint() -> Config:
-    """One model for every task: narrates, captions boxes, finds objects, locates phrases."""
+    """One model that narrates, captions boxes, finds objects and locates phrases."""
     small = scenes_small()
     return replace(
         small,
@@ -202,7 +202,7 @@ def scenes_joint() -> Config:
 
 
 def scenes_joint_refseg() -> Config:
-    """The masks of scenes-joint: the adapter before SAM's mask decoder learns, nothing else."""
+    """The masks of scenes-joint: only the adapter before SAM's decoder learns."""
     return masks_alone(scenes_joint(), start="runs/joint")
 
 
