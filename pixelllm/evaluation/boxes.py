@@ -18,7 +18,7 @@ from pixelllm.evaluation.meteor import meteor_scores
 from pixelllm.evaluation.narrations import random_captions
 from pixelllm.evaluation.regions import grouped_references, score_region_captions
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
-from pixelllm.evaluation.results import coco_results
+from pixelllm.evaluation.results import coco_results, image_number
 from pixelllm.mixture import records_with_task
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box, Phrase, Record
@@ -71,9 +71,9 @@ def evaluate_regions(
     drawn = dict(zip(regions, random_captions(len(regions), captions), strict=True))
     grouped = score_region_captions(hypotheses, grouped_references(by_image))
     return Evaluation(
-        metrics=_score_captions(hypotheses, references, attributes)
+        metrics=score_captions_of_boxes(hypotheses, references, attributes)
         | {f"grouped_{name}": score for name, score in grouped.items()},
-        baselines=_score_captions(drawn, references, attributes),
+        baselines=score_captions_of_boxes(drawn, references, attributes),
         num_examples=len(regions),
         trivial="a random training caption",
         predictions={"region_results.json": json.dumps(results)},
@@ -93,9 +93,10 @@ def caption_regions(
     return [caption.text for caption in found]
 
 
-def _score_captions(
+def score_captions_of_boxes(
     hypotheses: dict[str, str], references: dict[str, list[str]], attributes: Attributes
 ) -> Scores:
+    """Scores of captions; `all_attributes_right` where references are of a known form."""
     scores = score_region_captions(hypotheses, references)
     known = {name: attributes(texts[0]) for name, texts in references.items()}
     right = [attributes(hypotheses[name]) == truth for name, truth in known.items() if truth]
@@ -130,13 +131,14 @@ def evaluate_dense(
     }
     drawn = random_captions(len(chosen), captions)
     middle = {name: [Detection(MIDDLE, 1.0, c)] for name, c in zip(truths, drawn, strict=True)}
-    sizes = {record.id: record.size for record, _ in chosen}
+    sizes = {image_number(record.id): record.size for record, _ in chosen}
+    numbered = {image_number(name): objects for name, objects in found.items()}
     return Evaluation(
         metrics=_main(score_dense_captions(found, truths, similarity)),
         baselines=_main(score_dense_captions(middle, truths, similarity)),
         num_examples=len(chosen),
         trivial="a box of half the sides in the middle, with a random training caption",
-        predictions={"dense_results.json": json.dumps(coco_results(found, sizes))},
+        predictions={"dense_results.json": json.dumps(coco_results(numbered, sizes))},
     )
 
 

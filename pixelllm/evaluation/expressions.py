@@ -16,7 +16,7 @@ from pixelllm.contexts import REFERRING_CONTEXT
 from pixelllm.evaluation.dense import Detection
 from pixelllm.evaluation.referring import score_referred_boxes, score_referred_masks
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
-from pixelllm.evaluation.results import coco_results
+from pixelllm.evaluation.results import coco_results, image_number
 from pixelllm.locating import Location
 from pixelllm.mixture import assemble, records_with_task
 from pixelllm.pretrained import PixelLLM
@@ -124,7 +124,7 @@ def results(found: list[Referred]) -> list[dict]:
     """In COCO's results format, with the expression as `caption` and its id."""
     by_image, sizes, ids = defaultdict(list), {}, []
     for item in sorted(found, key=lambda item: item.record.id):
-        image_id = item.record.id.rpartition("/")[2]
+        image_id = image_number(item.record.id)
         where = item.location
         detection = Detection(where.box, where.score, item.phrase.caption, where.mask)
         by_image[image_id].append(detection)

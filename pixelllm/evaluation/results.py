@@ -44,3 +44,9 @@ def coco_results(
             }
             results.append({key: value for key, value in entry.items() if value is not None})
     return results
+
+
+def image_number(record_id: str) -> int | str:
+    """The id of an image in its annotation file, from that of its record: a number if it is one."""
+    name = record_id.rpartition("/")[2]
+    return int(name) if name.isdecimal() else name
