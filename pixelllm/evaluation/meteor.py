@@ -89,8 +89,8 @@ def meteor_scores(
     """Corpus METEOR, of the pooled statistics, and METEOR of every caption, in [0, 1].
 
     A caption is scored with the reference that is best for it; an empty one scores 0. The tables
-    are read in the first call (a fraction of a second; half a minute when the paraphrases are
-    brought into the cache folder first) and stay in memory.
+    are read in the first call (half a second; some seconds once, to bring the paraphrases into the
+    cache folder) and stay in memory, so many small calls cost little more than a large one.
 
     Args:
         hypotheses: captions, raw or as tokens joined by blanks.

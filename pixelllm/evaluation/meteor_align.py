@@ -33,9 +33,12 @@ class Caption:
     def __init__(self, words: Sequence[Word]):
         self.words = words
         self.texts = [word.text for word in words]
+        self.keys = [word.key for word in words]
         self.synsets = frozenset().union(*(word.synsets for word in words))
-        self.by_stem: dict[str, list[int]] = {}
+        self.by_key: dict[int, list[int]] = {}
+        self.by_stem: dict[int, list[int]] = {}
         for place, word in enumerate(words):
+            self.by_key.setdefault(word.key, []).append(place)
             self.by_stem.setdefault(word.stem, []).append(place)
         # Set by `relate`: phrases with paraphrases elsewhere, and where phrases that paraphrase
         # others begin.
@@ -68,7 +71,7 @@ def align(caption: Caption, reference: Caption) -> tuple[list[Match], int]:
     A chunk is a run of matches whose words follow one another in both texts.
     """
     matches = _word_matches(caption, reference)
-    if caption.texts != reference.texts:  # equal ones need exact matches alone
+    if caption.keys != reference.keys:  # equal ones need exact matches alone
         _add_paraphrases(matches, caption, reference)
     else:
         matches = [[match for match in found if match[-1] == EXACT] for found in matches]
@@ -78,20 +81,20 @@ def align(caption: Caption, reference: Caption) -> tuple[list[Match], int]:
 def _word_matches(caption: Caption, reference: Caption) -> list[list[Match]]:
     """Of every reference word the exact, then the stem, then the synonym matches."""
     matches = []
-    texts, by_stem, synsets = caption.texts, caption.by_stem, caption.synsets
+    keys, by_key, by_stem = caption.keys, caption.by_key, caption.by_stem
+    synsets = caption.synsets
     for place, word in enumerate(reference.words):
         found = []
-        text = word.text
+        key = word.key
+        if key in by_key:
+            found += [(place, 1, i, 1, EXACT) for i in by_key[key]]
         if word.stem in by_stem:
-            same = by_stem[word.stem]
-            found += [(place, 1, i, 1, EXACT) for i in same if texts[i] == text]
-            if len(found) < len(same):
-                found += [(place, 1, i, 1, STEM) for i in same if texts[i] != text]
+            found += [(place, 1, i, 1, STEM) for i in by_stem[word.stem] if keys[i] != key]
         if not synsets.isdisjoint(word.synsets):
             found += [
                 (place, 1, i, 1, SYNONYM)
                 for i, other in enumerate(caption.words)
-                if other.text != text and not word.synsets.isdisjoint(other.synsets)
+                if other.key != key and not word.synsets.isdisjoint(other.synsets)
             ]
         matches.append(found)
     return matches
@@ -146,26 +149,20 @@ def _search(matches: list[list[Match]], certain: list[Match | None]) -> tuple[li
         if len(paths) > 1:
             paths.sort(key=itemgetter(0))
             del paths[_BEAM:]
+        options = [_option(match) for match in found]
         longer = []
         for path in paths:
             cost, free, end, used, chain = path
             if free > place:
                 longer.append(path)
                 continue
-            for match in found:
-                start, length, caption_start, caption_length, kind = match
-                mask = ((1 << caption_length) - 1) << caption_start
+            for match, value, distance, begin, stop, after, mask in options:
                 if used & mask:
                     continue
-                distance = abs(start - caption_start)
-                value = 2 if kind == EXACT else length // 2 + caption_length // 2
-                new = cost - value * _MATCH
-                if end != -1 and end != caption_start:
+                new = cost - value + (distance if sure is not None else 0)
+                if end != begin and end != -1:
                     new += _CHUNK
-                if sure is not None:
-                    new += distance
-                stop = caption_start + caption_length
-                longer.append((new, start + length, stop, used | mask, (match, chain)))
+                longer.append((new, after, stop, used | mask, (match, chain)))
                 cost += distance  # of the alternatives, not of the path that chose the match
             if sure is None:
                 longer.append((cost + (end != -1) * _CHUNK, place + 1, -1, used, chain))
@@ -178,3 +175,13 @@ def _search(matches: list[list[Match]], certain: list[Match | None]) -> tuple[li
         match, chain = chain
         chosen.append(match)
     return chosen, cost % _MATCH // _CHUNK
+
+
+def _option(match: Match) -> tuple[Match, int, int, int, int, int, int]:
+    """A match and what the search asks of it, worked out once for all paths."""
+    start, length, caption_start, caption_length, kind = match
+    matched_words = 2 if kind == EXACT else length // 2 + caption_length // 2
+    mask = ((1 << caption_length) - 1) << caption_start
+    stop = caption_start + caption_length
+    distance = abs(start - caption_start)
+    return match, matched_words * _MATCH, distance, caption_start, stop, start + length, mask

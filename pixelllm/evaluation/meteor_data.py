@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import mmap
 import os
 import tempfile
@@ -39,7 +40,8 @@ class Word(NamedTuple):
     """A lower-case token and all that single words are matched by."""
 
     text: str
-    stem: str
+    key: int  # words and stems are compared by these, see `java_hash`
+    stem: int
     synsets: frozenset[str]  # of the word as it stands and of its base forms
     is_function: bool
 
@@ -74,7 +76,9 @@ class Tables:
     def _look_up(self, text: str) -> Word:
         bases = self._bases.get(text) or [self._base(text)]
         synsets = " ".join(self._synsets.get(form, "") for form in [text, *bases]).split()
-        return Word(text, self._stem(text), frozenset(synsets), text in self._function_words)
+        stem = java_hash(self._stem(text))
+        is_function = text in self._function_words
+        return Word(text, java_hash(text), stem, frozenset(synsets), is_function)
 
     def _base(self, text: str) -> str:
         if len(text) > 2 and not text.endswith("ss"):
@@ -89,8 +93,9 @@ class Tables:
 class Paraphrases:
     """The paraphrase table: phrases of 1 to 7 words, words joined by blanks.
 
-    The cache file holds the length of its index, the index (phrases, a line each; where each one's
-    paraphrases begin, as 64-bit integers), and the paraphrases, a line for each phrase.
+    The cache file holds the length of its index; the index: phrases, a line each, then where each
+    one's paraphrases begin and where the last ones end, as 64-bit integers; the paraphrases, a line
+    each.
     """
 
     def __init__(self, source: Path):
@@ -100,7 +105,7 @@ class Paraphrases:
         with file.open("rb") as opened:
             self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         length = int.from_bytes(self._bytes[:8], "little")
-        phrases = self._bytes[8 : 8 + length].decode().split("\n")
+        phrases = self._bytes[8 : 8 + length].decode().splitlines()
         starts = array("q", self._bytes[8 + length : 16 + length + 8 * len(phrases)])
         self._places = dict(zip(phrases, zip(starts, starts[1:], strict=False), strict=True))
         self._of = lru_cache(1 << 15)(self._read)
@@ -112,7 +117,15 @@ class Paraphrases:
 
     def _read(self, phrase: str) -> frozenset[str]:
         start, end = self._places[phrase]
-        return frozenset(self._bytes[start : end - 1].decode().split("\t"))
+        return frozenset(self._bytes[start:end].decode().splitlines())
+
+
+def java_hash(text: str) -> int:
+    """The number by which the program knows a word; "bowl" and "boy." share theirs, and match."""
+    value = 0
+    for character in text:
+        value = (31 * value + ord(character)) & 0xFFFFFFFF
+    return value
 
 
 def data_folder() -> Path:
@@ -147,14 +160,14 @@ def _cache_file(source: Path) -> Path:
 
 def _write_cache(source: Path, file: Path) -> None:
     """Write the cache of a table: lines of a probability, a phrase, and its paraphrase, sorted."""
-    lines = gzip.decompress(source.read_bytes()).decode().split("\n")
-    entries = zip(lines[1::3], lines[2::3], strict=False)
-    groups = {phrase: "\t".join(map(itemgetter(1), group)).encode() + b"\n"
-              for phrase, group in groupby(entries, itemgetter(0))}  # fmt: skip
-    index = "\n".join(groups).encode()
+    with io.BufferedReader(gzip.open(source)) as lines:
+        entries = zip(lines, lines, lines, strict=True)
+        groups = {phrase: b"".join(map(itemgetter(2), group))
+                  for phrase, group in groupby(entries, itemgetter(1))}  # fmt: skip
+    index = b"".join(groups)
     starts = array("q", [16 + len(index) + 8 * len(groups)])
-    for line in groups.values():
-        starts.append(starts[-1] + len(line))
+    for paraphrases in groups.values():
+        starts.append(starts[-1] + len(paraphrases))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
