@@ -141,6 +141,27 @@ def test_a_truncated_image_names_its_record(tmp_path):
         frame_images([cut], 48)
 
 
+def test_rows_follow_the_phrases_that_new_prompts_ask_for(tokenizer, tmp_path):
+    """An index into the wrong image would write the phrase of another picture."""
+    batch = batch_of(
+        tokenizer,
+        prompted(record(tmp_path, 0), *(phrase(t, n) for n, t in enumerate(TEXTS[:3]))),
+        prompted(record(tmp_path, 1), phrase("blue", 3), phrase("a ball", 4)),
+    )
+    boxes = torch.rand(2, 2, 4)
+    asked = batch.with_prompts(
+        boxes, torch.tensor([[2, 0], [1, 2]]), torch.tensor([[True, True], [False, True]])
+    )
+    assert asked.ids == ("p2-a ball", "p0-a red car", "p4-a ball", "")
+    assert asked.row_padding.tolist() == [False, False, True, True]  # nothing there; no phrase
+    assert asked.num_prompts == 2 and asked.boxes is boxes
+    for name in ("points", "with_points"):
+        assert torch.equal(getattr(asked, name), getattr(batch, name)[[2, 0, 4, 5]])
+    for ours, theirs in zip(asked.text, batch.text, strict=True):
+        assert torch.equal(ours, theirs[[2, 0, 4, 5]])
+    assert torch.equal(asked.images, batch.images) and asked.source is batch.source
+
+
 # --- the model on padded batches ---
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ def test_records_of_a_task_are_found(table):
 def test_an_absent_task_is_named_with_the_tables(table):
     with pytest.raises(ValueError, match=rf"needs 'region' phrases.* none in {table.path}"):
         SourceRecords([table], Source("region"), batch_size=2, seed=0)
+
+
+def test_a_source_draws_from_the_tables_its_glob_names(tmp_path: Path):
+    """Corpora of one task are told apart by the names of their tables."""
+    tables = []
+    for corpus in ("coco_train", "flickr_train"):
+        phrases = (Phrase(f"{corpus}-0", "referring", "red car"),)
+        write_table([Record(f"{corpus}/0", (10, 20), phrases, path="x.png")], tmp_path / corpus, {})
+        tables.append(Table(tmp_path / corpus))
+
+    def drawn(glob: str) -> set[str]:
+        source = SourceRecords(tables, Source("referring", tables=glob), batch_size=1, seed=0)
+        return {source[position].id for position in range(2 * len(source.rows))}
+
+    assert drawn("*coco*") == {"coco_train/0"} and drawn("flickr*") == {"flickr_train/0"}
+    assert drawn("*") == {"coco_train/0", "flickr_train/0"}
+    with pytest.raises(ValueError, match=r"'referring' phrases in tables called '\*vg\*'; .*coco"):
+        drawn("*vg*")
 
 
 def test_the_stream_depends_on_seed_and_step_alone(table, tokenizer):
