@@ -182,9 +182,12 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path, monkeypatch):
         Paraphrases(write_table(tmp_path / "table.gz", ("a", "one")))
 
 
-def test_absence_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(meteor_data.importlib.util, "find_spec", lambda name: None)
-    assert "pip install" in meteor.unavailable_reason()
+@pytest.mark.parametrize("absent", ["pycocoevalcap", "snowballstemmer"])
+def test_absence_is_explained(monkeypatch, absent):
+    monkeypatch.setattr(
+        meteor_data.importlib.util, "find_spec", lambda name: None if name == absent else object()
+    )
+    assert f"{absent}: pip install" in meteor.unavailable_reason()
     meteor._tables.cache_clear()
     with pytest.raises(MeteorUnavailable, match="pip install"):
         meteor_scores(["a"], [["a"]])

@@ -98,7 +98,7 @@ def meteor_scores(
 
     Raises:
         ValueError: no captions, lists of unequal length, or a caption without references.
-        MeteorUnavailable: `pycocoevalcap` is not installed.
+        MeteorUnavailable: `pycocoevalcap` or `snowballstemmer` is not installed.
     """
     _check(hypotheses, references)
     captions = _prepare({*hypotheses, *(text for texts in references for text in texts)})

@@ -21,8 +21,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from snowballstemmer.english_stemmer import EnglishStemmer
-
 # Endings that a plural, a verb form or a comparison adds, and what stood there before, in the
 # order in which they are tried (WordNet's rules of detachment for nouns, verbs, adjectives).
 _ENDINGS = (
@@ -33,7 +31,7 @@ _ENDINGS = (
 
 
 class MeteorUnavailable(RuntimeError):
-    """The package with METEOR's tables is absent; the message says what to do."""
+    """A package that METEOR needs is absent; the message says what to do."""
 
 
 class Word(NamedTuple):
@@ -68,7 +66,10 @@ class Tables:
         for base, forms in zip(exceptions[::2], exceptions[1::2], strict=True):
             for form in forms.split():
                 self._bases.setdefault(form, []).append(base)
-        # The class itself: the package's own choice would be PyStemmer, of whatever version.
+        # An optional dependency. The class itself: the package's own choice would be PyStemmer,
+        # of whatever version.
+        from snowballstemmer.english_stemmer import EnglishStemmer
+
         self._stem = EnglishStemmer().stemWord
         self.paraphrases = Paraphrases(folder / "data" / "paraphrase-en.gz")
         self.word = cache(self._look_up)
@@ -129,14 +130,12 @@ def java_hash(text: str) -> int:
 
 
 def data_folder() -> Path:
-    """The folder of the METEOR jar. Raises MeteorUnavailable where the package is absent."""
-    spec = importlib.util.find_spec("pycocoevalcap")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise MeteorUnavailable(
-            "METEOR needs the tables of pycocoevalcap: pip install pycocoevalcap"
-        )
-    folder = Path(folders[0]) / "meteor"
+    """The folder of the METEOR jar. Raises MeteorUnavailable where a package is absent."""
+    for package in ("pycocoevalcap", "snowballstemmer"):
+        if importlib.util.find_spec(package) is None:
+            raise MeteorUnavailable(f"METEOR needs {package}: pip install 'pixelllm[meteor]'")
+    package = importlib.util.find_spec("pycocoevalcap").submodule_search_locations[0]
+    folder = Path(package) / "meteor"
     for name in ("meteor-1.5.jar", "data/paraphrase-en.gz"):
         if not (folder / name).exists():
             raise MeteorUnavailable(f"{folder / name} is missing: reinstall pycocoevalcap")
