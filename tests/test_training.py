@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_config, run_stage, short_training
+from conftest import (
+    joint_tables,
+    make_tiny_config,
+    make_tiny_joint_config,
+    run_stage,
+    short_training,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -391,6 +398,39 @@ def test_the_whole_model_resumes_bit_for_bit(tiny_tables, tmp_path: Path):
     assert log_lines(tmp_path / "straight") == log_lines(tmp_path / "broken")
     weights = [load_file(tmp_path / n / "model.safetensors") for n in ("straight", "broken")]
     assert_same(*weights)
+
+
+def test_a_run_of_all_tasks_resumes_bit_for_bit(tiny_tables, tmp_path: Path):
+    """The detector samples its proposals at random: whatever it draws is part of the state."""
+    train_config = short_training(8, save_every=4, eval_every=8, frozen=("sam", "prompt_encoder"))
+    config = make_tiny_joint_config(train=train_config)
+    tables = joint_tables(tiny_tables)
+    run_stage(config, *tables, tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight" / "checkpoints", tmp_path / "broken" / "checkpoints")
+    folder = CheckpointFolder(tmp_path / "broken" / "checkpoints", 2)
+    assert folder.steps() == [4, 8]
+    shutil.rmtree(folder.path(8))  # as if the process had died before
+    torch.manual_seed(99)
+    run_stage(config, *tables, tmp_path / "broken", resume=True)
+    assert_same(newest(tmp_path / "straight"), newest(tmp_path / "broken"))
+    after = [line for line in log_lines(tmp_path / "straight") if line["step"] > 4]
+    assert after == log_lines(tmp_path / "broken")
+    assert any("loss_detection" in line for line in after)
+
+
+def test_every_task_is_validated_on_the_tables_that_have_it(tiny_joint, tiny_tables, tiny_run):
+    (line,) = [line for line in log_lines(tiny_joint) if line["step"] == 24 and "val_loss" in line]
+    terms = {name.removeprefix("val_") for name in line if name.startswith("val_")} - {"loss"}
+    assert terms == {
+        "narration_text", "narration_point", "region_detection", "region_text",
+        "referring_point", "referring_mask",
+    }  # fmt: skip
+    assert line["val_loss"] == pytest.approx(sum(line[f"val_{name}"] for name in terms))
+    sources = make_tiny_joint_config().sources
+    val = [Table(tiny_tables.val), Table(tiny_tables.val_referring)]
+    assert [s.task for s in captioning.scored_sources(sources, val)] == ["narration", "referring"]
+    with pytest.raises(ValueError, match=r"no phrases of the recipe's tasks \(narration\)"):
+        captioning.scored_sources(make_tiny_config().sources, val[1:])
 
 
 def test_bfloat16_leaves_heads_and_losses_in_float32(tiny_tables, tmp_path: Path):
