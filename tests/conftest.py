@@ -182,8 +182,9 @@ def make_tiny_config(**changes: Any) -> Config:
     return replace(config, **changes)
 
 
+# Its 32 norm groups need two values each where one image has a level of one cell.
 TINY_DETECTOR = DetectorConfig(
-    width=32, tower_layers=1, roi_width=16, up_channels=16, num_sampled=16
+    width=64, tower_layers=1, roi_width=16, up_channels=16, num_sampled=16
 )
 TINY_MASKS = MaskConfig(num_layers=1, num_heads=8, mlp_width=32)  # as the tiny SAM's decoder
 JOINT_SOURCES = (
