@@ -2,8 +2,8 @@
 
     python benchmarks/feature_cache.py runs/quickstart
 
-takes the data and the pretrained halves of a finished quickstart; then the same with a SAM of ViT-B's
-width and depth in the place of the small one (random weights, frames of 160 px).
+takes the data and the pretrained halves of a finished quickstart; then the same with a SAM of
+ViT-B's width and depth in the place of the small one (random weights, frames of 160 px).
 """
 
 from __future__ import annotations

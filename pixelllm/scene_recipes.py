@@ -166,14 +166,14 @@ TINY_DETECTOR = DetectorConfig(
 )
 EXPRESSIONS = Source(
     "referring",
-    weight=2,
-    phrases_per_image=6,
+    weight=3,
+    phrases_per_image=2,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
 )
 REGIONS = Source(
     "region",
-    batch_size=16,
+    batch_size=8,
     phrases_per_image=8,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,
@@ -193,7 +193,7 @@ def scenes_joint() -> Config:
         sources=(Source("narration"), REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
-            steps=4500,
+            steps=8000,
             lr=1.5e-3,
             frozen=(*small.train.frozen, "mask_head"),
         ),
