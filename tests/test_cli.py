@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
 from pixelllm import cli
 from pixelllm.config import Config
+from pixelllm.mask_codes import decode_mask, fill_polygons
+from pixelllm.pretrained import PixelLLM
 from pixelllm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("caption", "locate", "dense", "info")
 
 
 @pytest.fixture
@@ -23,8 +30,28 @@ def images(tiny_scenes) -> list[str]:
     return [str(path) for path in sorted((tiny_scenes / "val").iterdir())[:3]]
 
 
+@pytest.fixture(scope="module")
+def finder(tiny_run, tiny_joint_model, tmp_path_factory) -> Path:
+    """Folder of a model whose detector takes single images: a normalisation needs two values."""
+    config, folder = tiny_joint_model.config, tmp_path_factory.mktemp("finder")
+    detector = replace(config.model.detector, width=64)
+    torch.manual_seed(0)
+    model = PixelLLM.from_pretrained(tiny_run.main)
+    model.grow(replace(config, model=replace(config.model, detector=detector)), model.tokenizer)
+    model.save_pretrained(folder)
+    return folder
+
+
 def caption(tiny_run, *arguments: str | Path) -> None:
     cli.main(["caption", *map(str, arguments), "--model", str(tiny_run.main), "--device", "cpu"])
+
+
+def locate(model, *arguments: str | Path) -> None:
+    cli.main(["locate", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+
+
+def dense(model, *arguments: str | Path) -> None:
+    cli.main(["dense", *map(str, arguments), "--model", str(model), "--device", "cpu"])
 
 
 def printed_json(capsys) -> list[dict]:
@@ -94,9 +121,9 @@ def test_several_boxes_give_a_caption_each(tiny_run, images, capsys):
 
 def test_beams_are_passed_on(tiny_run, images, capsys, monkeypatch):
     seen = []
-    generate = cli.PixelLLM.generate
+    generate = PixelLLM.generate
     monkeypatch.setattr(
-        cli.PixelLLM,
+        PixelLLM,
         "generate",
         lambda self, **k: seen.append(k["num_beams"]) or generate(self, **k),
     )
@@ -117,6 +144,182 @@ def test_pictures_are_written(tiny_run, images, tmp_path, capsys):
     with Image.open(files["png"]) as png:
         assert png.format == "PNG"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+SAMPLED = ["--json", "--sample", "--temperature", "1.5"]
+
+
+def test_sampled_captions_come_again_with_their_seed(tiny_run, images, capsys):
+    """Would catch a seed that is not passed on, and sampling that is not switched on."""
+    found = []
+    for options in ([*SAMPLED, "--seed", "1"], [*SAMPLED, "--seed", "1"], SAMPLED, ["--json"]):
+        caption(tiny_run, *images, *options)
+        found.append([result["caption"] for result in printed_json(capsys)])
+    assert found[0] == found[1]
+    assert found[1] != found[2] and found[2] != found[3]
+
+
+def test_a_small_top_p_is_greedy(tiny_run, images, capsys):
+    """Temperature and top_p reach the search: the likeliest word alone has more than 1e-4."""
+    caption(tiny_run, *images, *SAMPLED, "--top-p", "1e-4")
+    drawn = printed_json(capsys)
+    caption(tiny_run, *images, "--json")
+    assert [d["caption"] for d in drawn] == [g["caption"] for g in printed_json(capsys)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--beams 0", "--beams 0: expected 1 or more"),
+        ("--batch-size 0", "--batch-size 0: expected 1 or more"),
+        ("--top-p 0.5", "--top-p and --seed do nothing without --sample"),
+        ("--seed 3", "--seed do nothing without --sample"),
+        ("--sample --beams 2", "--beams 2 searches and --sample draws"),
+        ("--sample --temperature 0", "--temperature 0.0: expected a number above 0"),
+        ("--sample --temperature nan", "--temperature nan: expected a number above 0"),
+        ("--sample --top-p 1.5", "--top-p 1.5: expected above 0, and at most 1"),
+    ],
+)
+def test_options_out_of_range_are_named(tiny_run, images, capsys, options, words):
+    assert words in error_of(capsys, lambda: caption(tiny_run, images[0], *options.split()))
+
+
+@pytest.mark.parametrize("option", ["--html", "--gif", "--png"])
+def test_an_output_that_is_a_folder_is_named(tiny_run, images, tmp_path, capsys, option):
+    message = error_of(capsys, lambda: caption(tiny_run, images[0], option, tmp_path))
+    assert message == f"error: {tmp_path} is a folder; name the file to write"
+
+
+# --- pixelllm locate ---
+
+
+def test_locate_has_the_contracted_fields(tiny_joint, images, tmp_path, capsys):
+    texts, picture = ["the red circle", "a  square"], tmp_path / "found.png"
+    locate(tiny_joint, images[0], *texts, "--mask", "--json", "--png", picture)
+    results = printed_json(capsys)
+    assert [result["text"] for result in results] == texts
+    for result in results:
+        fields = {"image", "size_hw", "text", "box", "score", "mask", "polygons"}
+        assert result.keys() == fields and result["image"] == images[0]
+        x0, y0, x1, y1 = result["box"]
+        assert 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1 and 0 <= result["score"] <= 1
+        mask = decode_mask(result["mask"])
+        assert mask.shape == (48, 64) == tuple(result["size_hw"])
+        assert np.array_equal(fill_polygons(result["polygons"], mask.shape), mask)
+    with Image.open(picture) as png:
+        assert png.format == "PNG" and png.size == (1024, 768)
+
+
+def test_locate_without_masks_prints_a_line_per_text(tiny_joint, images, capsys):
+    locate(tiny_joint, images[0], "the red circle", "a square")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": box ")[0] for line in lines] == ["the red circle", "a square"]
+    locate(tiny_joint, images[0], "the red circle", "--json")
+    (result,) = printed_json(capsys)
+    assert "mask" not in result and f"{result['box'][0]:.3f} " in lines[0]
+
+
+def test_hundreds_of_expressions_are_located(tiny_joint, images, tmp_path, capsys):
+    texts = [f"number {n}" for n in range(200)]
+    locate(tiny_joint, images[0], *texts, "--json", "--png", tmp_path / "a.png")
+    assert [result["text"] for result in printed_json(capsys)] == texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], 'no expression given; try: pixelllm locate {image} "the red car'),
+        (["a car", " "], "expression 1 is empty; say what to look for"),
+        (["a car", "--png", "{folder}"], "is a folder; name the file to write"),
+    ],
+)
+def test_what_cannot_be_located_is_named(tiny_run, images, tmp_path, capsys, arguments, words):
+    given = [text.format(folder=tmp_path) for text in arguments]
+    message = error_of(capsys, lambda: locate(tiny_run.main, images[0], *given))
+    assert words.format(image=images[0]) in message
+
+
+def test_a_missing_image_has_no_places(tiny_run, tmp_path, capsys):
+    message = error_of(capsys, lambda: locate(tiny_run.main, tmp_path / "lost.jpg", "a car"))
+    assert message.endswith("lost.jpg: no such image")
+
+
+def test_masks_need_a_mask_head(tiny_run, images, capsys):
+    message = error_of(capsys, lambda: locate(tiny_run.main, images[0], "a car", "--mask"))
+    assert "this model has no mask head" in message
+
+
+# --- pixelllm dense ---
+
+
+def test_dense_has_the_contracted_fields(finder, images, tmp_path, capsys):
+    page, picture = tmp_path / "page.html", tmp_path / "found.png"
+    dense(finder, *images, "--json", "--html", page, "--png", picture)
+    results = printed_json(capsys)
+    assert [result["image"] for result in results] == images
+    assert any(result["detections"] for result in results)
+    for result in results:
+        assert result.keys() == {"image", "size_hw", "detections"}
+        scores = [item["score"] for item in result["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        for item in result["detections"]:
+            fields = {"box", "caption", "words", "log_prob", "score", "detection_score"}
+            assert item.keys() == fields and len(item["box"]) == 4
+    text = page.read_text()
+    assert all(Path(name).name in text for name in images)
+    with Image.open(picture) as png:
+        assert png.format == "PNG"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_dense_takes_its_limits(finder, images, capsys, monkeypatch):
+    seen = []
+    describe = PixelLLM.describe
+    monkeypatch.setattr(
+        PixelLLM, "describe", lambda self, *a, **k: seen.append(k) or describe(self, *a, **k)
+    )
+    dense(finder, images[0], "--max-detections", "2", "--beams", "3")
+    assert seen == [{"max_detections": 2, "num_beams": 3}]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{images[0]}: {len(lines) - 1} found" and 2 <= len(lines) <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--max-detections 0", "--max-detections 0: expected 1 or more"),
+        ("--beams 0", "--beams 0: expected 1 or more"),
+        ("--html {folder}", "is a folder; name the file to write"),
+        ("--png {folder}", "is a folder; name the file to write"),
+        ("{folder}/lost.jpg", "lost.jpg: no such image"),
+        ("", "this model has no detector; train one of the densecap recipes on it"),
+    ],
+)
+def test_what_cannot_be_listed_is_named(tiny_run, images, tmp_path, capsys, options, words):
+    given = options.format(folder=tmp_path).split()
+    assert words in error_of(capsys, lambda: dense(tiny_run.main, images[0], *given))
+
+
+def test_no_image_to_list_is_an_error(tiny_run, capsys):
+    message = error_of(capsys, lambda: dense(tiny_run.main))
+    assert "no image given; try: pixelllm dense" in message
+
+
+# --- pixelllm info and what all commands share ---
+
+
+def test_info_shows_scores_and_passes_over_predictions(tiny_run, tmp_path, capsys):
+    """Beside a task's scores lie its predictions, which are JSON too; a score may be null."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.main, run, ignore=shutil.ignore_patterns("checkpoints"))
+    scores = {"metrics": {"map": 0.25, "map_detection": None}, "baselines": {}, "num_examples": 3}
+    (run / "eval").mkdir()
+    (run / "eval" / "dense.json").write_text(json.dumps(scores))
+    (run / "eval" / "dense_results.json").write_text("[]")
+    cli.main(["info", str(run)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines[0] == ["dense,", "3", "examples", "model", "trivial"]
+    assert lines[1:] == [["map", "0.250", "-"], ["map_detection", "-", "-"]]
 
 
 def test_info_counts_parameters(tiny_run, capsys):
@@ -166,15 +369,15 @@ def test_no_image_is_an_error(tiny_run, capsys):
     assert "no image given; try: pixelllm" in error_of(capsys, lambda: caption(tiny_run))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_fits_a_screen(arguments, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= (26 if arguments == ["--help"] else 50)
     if arguments == ["--help"]:
-        assert any(line.strip().startswith("pixelllm caption photo.jpg") for line in lines[:6])
-        assert any(line.strip() == "pixelllm info runs/quickstart" for line in lines[:7])
+        shown = [line.split()[1] for line in lines[:9] if line.startswith("    pixelllm ")]
+        assert tuple(shown) == COMMANDS
 
 
 def test_the_installed_command_captions(tiny_run, images):
@@ -200,7 +403,7 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
 def test_train_help_fits_a_screen_and_starts_with_a_command(arguments, capsys):
     train.main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30 and max(map(len, lines)) <= 100
+    assert len(lines) <= 34 and max(map(len, lines)) <= 100
     commands = [line.strip() for line in lines if line.startswith("    python")]
     recipe, *options = commands[0].split()[2:]
     run, config = train.parse(recipe, options)

@@ -21,9 +21,10 @@ LAYERS = (
      "pixelllm.paper_recipes", "pixelllm.scene_recipes", "pixelllm.generation",
      "pixelllm.model_card", "pixelllm.locating",
      "pixelllm.batches", "pixelllm.feature_cache", "pixelllm.mixture", "pixelllm.processor",
-     "pixelllm.pretrained", "pixelllm.pictures", "pixelllm.viewer"),
+     "pixelllm.pretrained", "pixelllm.pictures", "pixelllm.pages", "pixelllm.viewer",
+     "pixelllm.overlays", "pixelllm.dense_page"),
     ("pixelllm.training", "pixelllm.evaluation"),
-    ("pixelllm.cli", "data"),
+    ("pixelllm.cli", "pixelllm.commands", "data"),
     ("train", "eval"),
 )  # fmt: skip
 FORBIDDEN = {

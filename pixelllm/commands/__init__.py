@@ -1,0 +1,1 @@
+"""What the `pixelllm` command can do: options and work of one command a file."""

@@ -1,0 +1,31 @@
+"""What commands check before any work is done, and the model they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pixelllm.devices import choose_device
+from pixelllm.pretrained import PixelLLM
+
+
+def check_files(images: Iterable[Path], written: Iterable[Path | None]) -> None:
+    """Raise OSError naming an image that is missing or an output that is a folder."""
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such image")
+    for path in written:
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name the file to write")
+
+
+def check_at_least_one(option: str, value: int) -> None:
+    """Raise ValueError naming the option of a count."""
+    if value < 1:
+        raise ValueError(f"{option} {value}: expected 1 or more")
+
+
+def load_model(name_or_path: str, device: str) -> PixelLLM:
+    """The model on the device. Raises ValueError for a device that is not there, before loading."""
+    chosen = choose_device(device)
+    return PixelLLM.from_pretrained(name_or_path).to(chosen)

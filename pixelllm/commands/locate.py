@@ -1,0 +1,72 @@
+"""`pixelllm locate`: where in an image expressions point."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pixelllm.commands.given import check_files, load_model
+from pixelllm.images import open_image
+from pixelllm.locating import Location
+from pixelllm.mask_codes import decode_mask
+from pixelllm.overlays import FoundObject, write_objects
+
+
+@dataclass(frozen=True)
+class LocateCommand:
+    """Find what expressions mean in an image: a box or a mask each.
+
+    Args:
+        image: file to look at.
+        texts: expressions, e.g. "the red car left of the tree".
+        model: folder of a finished run, or a Hub id.
+        mask: also segment what is found (run lengths and polygons with --json).
+        json: print one JSON object a line instead of text.
+        png: write a picture of all boxes and masks.
+        device: auto, cpu, cuda or mps.
+    """
+
+    image: tyro.conf.Positional[Path]
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    model: str
+    mask: bool = False
+    json: bool = False
+    png: Path | None = None
+    device: str = "auto"
+
+
+def locate(command: LocateCommand) -> None:
+    if not command.texts:
+        example = f'pixelllm locate {command.image} "the red car on the left"'
+        raise ValueError(f"no expression given; try: {example} --model {command.model}")
+    check_files([command.image], [command.png])
+    model = load_model(command.model, command.device)
+    image = open_image(command.image)
+    inputs = model.processor().locating([image], [command.texts])
+    inputs = inputs.to(next(model.parameters()).device)
+    locations = model.locate(**inputs, with_masks=command.mask)
+    found = list(zip(command.texts, locations, strict=True))
+    about = {"image": str(command.image), "size_hw": [image.height, image.width]}
+    for text, location in found:
+        shown = {**about, "text": text, **location.to_json()} if command.json else None
+        print(json.dumps(shown) if shown else as_text(text, location), flush=True)
+    if command.png:
+        write_objects(image, [as_object(*item) for item in found], command.png)
+
+
+def as_text(text: str, location: Location) -> str:
+    """The expression, its box and score, and how much of the image its mask covers."""
+    box = " ".join(f"{value:.3f}" for value in location.box)
+    line = f"{text}: box {box}  score {location.score:.3f}"
+    if location.mask is None:
+        return line
+    return f"{line}  mask {100 * decode_mask(location.mask).mean():.1f} % of the image"
+
+
+def as_object(text: str, location: Location) -> FoundObject:
+    mask: Any = None if location.mask is None else decode_mask(location.mask)
+    return FoundObject(location.box, text, mask)
