@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from pixelllm.detection import rescore
 from pixelllm.records import Box
 from pixelllm.tokenizer import Word, words_of_tokens
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,16 @@ def rank(boxes: Tensor, scores: Tensor, captions: Sequence[Caption]) -> list[Cap
     rows = zip(boxes.tolist(), captions, combined, scores.tolist(), strict=True)
     found = [CaptionedBox(tuple(box), *rest) for box, *rest in rows]
     return sorted(found, key=lambda item: -item.score)
+
+
+def join_chunks(chunks: Sequence[Sequence[Row]], num_images: int) -> list[Row]:
+    """Rows image after image from chunks that each hold the same few prompts of every image."""
+    rows: list[Row] = []
+    for image in range(num_images):
+        for chunk in chunks:
+            step = len(chunk) // num_images
+            rows += chunk[image * step : (image + 1) * step]
+    return rows
 
 
 def place_words(

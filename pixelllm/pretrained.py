@@ -20,7 +20,14 @@ from pixelllm.checkpoints import (
 )
 from pixelllm.config import Config
 from pixelllm.contexts import default_contexts
-from pixelllm.generation import Caption, CaptionedBox, place_words, rank, stream_words
+from pixelllm.generation import (
+    Caption,
+    CaptionedBox,
+    join_chunks,
+    place_words,
+    rank,
+    stream_words,
+)
 from pixelllm.locating import Location, locate_boxes, original_mask, word_probability
 from pixelllm.model_card import model_card
 from pixelllm.models.build import (
@@ -170,16 +177,13 @@ class PixelLLM(PixelLLMNetwork):
         B, K = boxes.shape[:2]
         ids, padding = (c.unflatten(0, (B, K)) for c in (context_ids, context_padding))
         step = max(1, max_rows // B)
-        columns: list[list[Caption]] = [[] for _ in range(B)]
+        chunks = []
         for start in range(0, K, step):
             part = slice(start, start + step)
             prefix = self.prefix(features, sizes, boxes[:, part]).flatten(0, 1)
             rows = (ids[:, part].flatten(0, 1), padding[:, part].flatten(0, 1))
-            found = self.captions_from_prefix(prefix, *rows, **search)
-            num = len(found) // B
-            for image, column in enumerate(columns):
-                column += found[image * num : (image + 1) * num]
-        return [caption for column in columns for caption in column]
+            chunks.append(self.captions_from_prefix(prefix, *rows, **search))
+        return join_chunks(chunks, B)
 
     @torch.no_grad()
     def captions_from_prefix(
@@ -220,11 +224,13 @@ class PixelLLM(PixelLLMNetwork):
         token_padding: Tensor,
         is_place: Tensor,
         with_masks: bool = False,
+        max_rows: int = 64,
     ) -> list[Location]:
         """Where expressions point.
 
         Args:
             with_masks: also segment what they point at.
+            max_rows: expressions at a time, which bounds the memory.
             The others come from `Processor.locating`.
 
         Returns:
@@ -237,12 +243,32 @@ class PixelLLM(PixelLLMNetwork):
             raise ValueError("this model has no mask head; train one of the refseg recipes on it")
         features = self.encode(images, sizes, {})
         text = Text(context_ids, context_padding, token_ids, token_padding)
+        B = len(sizes)
+        chunks = torch.arange(len(is_place)).view(B, -1).split(max(1, max_rows // B), dim=1)
+        located = []
+        for rows in (chunk.flatten() for chunk in chunks):
+            part = (Text(*(tensor[rows] for tensor in text)), is_place[rows], with_masks)
+            located.append(self._locate(features, sizes, image_sizes, boxes, *part))
+        return join_chunks(located, B)
+
+    def _locate(
+        self,
+        features: ImageFeatures,
+        sizes: Tensor,
+        image_sizes: Tensor,
+        boxes: Tensor,
+        text: Text,
+        is_place: Tensor,
+        with_masks: bool,
+    ) -> list[Location]:
+        """`locate` of so few expressions that they go at once."""
         found = locate_boxes(self, features, sizes, boxes, text, is_place)
-        captions = Text(*self.region_context(len(is_place)), token_ids, token_padding)
+        context = self.region_context(len(is_place))
+        captions = Text(*context, text.token_ids, text.token_padding)
         fit = word_probability(self.read(features, sizes, found.boxes, captions).logits, text)
         masks: list[dict | None] = [None] * len(fit)
         if with_masks:
-            logits, _ = self.segment(features, sizes, *found, token_padding)
+            logits, _ = self.segment(features, sizes, *found, text.token_padding)
             frame, K = self.config.model.frame, logits.shape[1]
             masks = [
                 original_mask(row, sizes[n // K], frame, tuple(image_sizes[n // K].tolist()))

@@ -80,6 +80,17 @@ def test_images_together_give_what_each_gives_alone(tiny_joint_model, pictures):
             )
 
 
+def test_chunks_of_expressions_give_what_all_give_at_once(tiny_joint_model, pictures):
+    """Images interleave within a chunk; locations must go back to their own expression."""
+    expected = locate(tiny_joint_model, pictures, EXPRESSIONS, with_masks=True)
+    for max_rows in (1, 6):
+        found = locate(tiny_joint_model, pictures, EXPRESSIONS, with_masks=True, max_rows=max_rows)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert len(ours) == len(theirs)
+            for one, other in zip(ours, theirs, strict=True):
+                assert_close(one, other)
+
+
 def test_masks_have_the_size_of_the_image_and_boxes_lie_inside(tiny_joint_model, pictures):
     found = locate(tiny_joint_model, pictures, EXPRESSIONS, with_masks=True)
     for size, locations in zip(SIZES, found, strict=True):
