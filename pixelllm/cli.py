@@ -1,8 +1,8 @@
 """The `pixelllm` command: caption images, locate expressions, list objects, inspect runs.
 
     pixelllm caption photo.jpg --model runs/quickstart --html photo.html
-    pixelllm locate photo.jpg "the red car on the left" --model runs/joint --mask --png car.png
-    pixelllm dense photo.jpg --model runs/joint --html objects.html
+    pixelllm locate photo.jpg "the red car" --model runs/joint-refseg --mask --png car.png
+    pixelllm dense photo.jpg --model runs/joint-refseg --html objects.html
     pixelllm info runs/quickstart
 
 Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the image.
