@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from pixelllm.batches import encode_context
 from pixelllm.checkpoints import own_tensors
 from pixelllm.config import Config, Eva02Config
+from pixelllm.contexts import default_contexts
 from pixelllm.generation import Caption, pointing_token
 from pixelllm.models.build import build_eva02_branch
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.processor import Processor
-from pixelllm.contexts import default_contexts
 from pixelllm.tokenizer import train_tokenizer, words_of_tokens
 
 BOXES = [(0.0, 0.0, 0.5, 1.0), (0.25, 0.1, 1.0, 0.9)]
