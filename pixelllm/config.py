@@ -148,6 +148,13 @@ class Source:
     detection_weight: float = 0.0  # above 0, phrases are asked at the detector's proposals
     proposals_per_image: int = 32  # of those
 
+    def __post_init__(self) -> None:
+        if self.mask_weight and self.detection_weight:
+            weights = f"mask_weight {self.mask_weight}, detection_weight {self.detection_weight}"
+            raise ValueError(
+                f"source {self.task!r}: {weights}; proposals have no masks, so one must be 0"
+            )
+
 
 @dataclass(frozen=True)
 class LossConfig:

@@ -170,7 +170,7 @@ class PixelLLM(PixelLLMNetwork):
         context_ids: Tensor,
         context_padding: Tensor,
         *,
-        max_rows: int = 64,
+        max_rows: int = 128,
         **search: int | float | bool,
     ) -> list[Caption]:
         """`generate` from the features of the images."""
@@ -224,7 +224,7 @@ class PixelLLM(PixelLLMNetwork):
         token_padding: Tensor,
         is_place: Tensor,
         with_masks: bool = False,
-        max_rows: int = 64,
+        max_rows: int = 128,
     ) -> list[Location]:
         """Where expressions point.
 

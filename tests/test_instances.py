@@ -94,7 +94,7 @@ def test_a_batch_without_masks_has_no_loss_and_no_error(table, tmp_path):
     sam = SamPretraining("x", 48, TINY_SAM, num_layers=1, mlp_width=16, train=short_training())
     eva02 = Eva02Pretraining("x", 48, TINY_EVA02, train=short_training())
     for build, config in ((promptable_stage, sam), (naming_stage, eva02)):
-        terms = build(config, [bare], bare, CPU).loss(instances(bare, frame=48)[0])
+        terms = build(config, [bare], [bare], CPU).loss(instances(bare, frame=48)[0])
         assert all(term.item() == 0 for term in terms.values())
 
 
