@@ -193,8 +193,8 @@ def scenes_joint() -> Config:
         sources=(Source("narration"), REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
-            steps=8000,
-            lr=1.5e-3,
+            steps=6500,
+            lr=8e-4,
             frozen=(*small.train.frozen, "mask_head"),
         ),
         max_context=32,
