@@ -246,5 +246,5 @@ def masks_alone(config: Config, start: str) -> Config:
         name=f"{config.name}-refseg",
         start=StartConfig(run=start, sam="runs/quickstart/sam"),
         sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0),),
-        train=replace(config.train, steps=600, frozen=frozen, lr_scales={}),
+        train=replace(config.train, steps=600, lr=2e-3, frozen=frozen, lr_scales={}),
     )
