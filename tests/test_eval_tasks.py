@@ -89,6 +89,12 @@ def test_dense_captions_are_written_for_other_tools(
     assert all({"bbox", "score", "caption"} <= entry.keys() for entry in entries)
 
 
+@needs_meteor
+def test_a_run_without_captions_of_regions_has_a_baseline(tiny_run, tiny_tables, tmp_path) -> None:
+    result = run(tiny_run.main, "region", tiny_tables.val_described, tmp_path)
+    assert 0 <= result["baselines"]["all_attributes_right"] <= 1
+
+
 def test_attributes_count_as_right_only_together() -> None:
     """Catches a share of single attributes, and references of unknown form that count."""
     references = {"a": ["a red car"], "b": ["a red car"], "c": ["sky"]}

@@ -49,7 +49,7 @@ def evaluate_regions(
     """Caption every region of a table, with a progress bar.
 
     Args:
-        captions: of the training data, for the baseline.
+        captions: of the training data, for the baseline; without any, those of the table.
         attributes: of the captions; where it knows those of references, the share of captions
             that name the same is a score.
     """
@@ -68,6 +68,7 @@ def evaluate_regions(
         by_image.append(own)
         results += [{"id": p.id, "caption": hypotheses[p.id]} for p in phrases]
     references = {name: [region.caption] for name, region in regions.items()}
+    captions = captions or [region.caption for region in regions.values()]
     drawn = dict(zip(regions, random_captions(len(regions), captions), strict=True))
     grouped = score_region_captions(hypotheses, grouped_references(by_image))
     return Evaluation(
@@ -129,6 +130,7 @@ def evaluate_dense(
         record.id: [Region(p.target_box or p.prompt_box, p.caption) for p in phrases]
         for record, phrases in chosen
     }
+    captions = captions or [p.caption for _, phrases in chosen for p in phrases]
     drawn = random_captions(len(chosen), captions)
     middle = {name: [Detection(MIDDLE, 1.0, c)] for name, c in zip(truths, drawn, strict=True)}
     sizes = {image_number(record.id): record.size for record, _ in chosen}
