@@ -46,6 +46,7 @@ class Options:
         beams: beam search width; 1 is greedy.
         batch_size: images at a time.
         max_detections: objects per image of dense captions.
+        snap: locate expressions at the detected box that fits best.
         truth: what the images show, by image id; found beside the annotations of scenes.
         out: where to write; RUN/eval by default.
         device: auto, cpu, cuda or mps.
@@ -58,6 +59,7 @@ class Options:
     beams: int = 1
     batch_size: int = 50
     max_detections: int = 100
+    snap: bool = False
     truth: Path | None = None
     out: Path | None = None
     device: str = "auto"
@@ -96,7 +98,7 @@ def score(options: Options, model: PixelLLM) -> Evaluation:
         captions = training_captions(options.run, "narration")
         return evaluate_trace(*task, captions, known, object_mentions)
     labels = {k: v for truth in (known or {}).values() for k, v in truth.expressions.items()}
-    return evaluate_expressions(*task, labels, with_masks=options.task == "segmentation")
+    return evaluate_expressions(*task, labels, options.task == "segmentation", options.snap)
 
 
 def training_captions(run: Path, task: str) -> list[str]:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torchvision.ops import generalized_box_iou
 
 from pixelllm.boxes import points_to_boxes
 from pixelllm.images import restore_mask
 from pixelllm.mask_codes import decode_mask, encode_mask, trace_mask
 from pixelllm.models.pixelllm import ImageFeatures, PixelLLMNetwork, Prediction, Text
 from pixelllm.records import Box
+
+SURE = 0.3  # score of a detection that a box may snap to
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,29 @@ def locate_boxes(
     points = prediction.points.flatten(1, 2)  # (R, 2 T, 2)
     found = points_to_boxes(points, is_place.repeat_interleave(2, dim=1))
     return Located(found.clamp(0, 1).view(B, R // B, 4), prediction)
+
+
+def snap_boxes(boxes: Tensor, detected: Tensor, scores: Tensor) -> Tensor:
+    """For every box the detection that fits it best, by generalised IoU.
+
+    A detector knows better where an object ends than the last word of an expression does. This
+    is ours; the release takes the box of the words as it is.
+
+    Args:
+        boxes: float32[B, K, 4].
+        detected: float32[B, M, 4], in the same units.
+        scores: float32[B, M]; detections below `SURE` do not count.
+
+    Returns:
+        float32[B, K, 4]; an image without any sure detection keeps its boxes.
+    """
+    snapped = boxes.clone()
+    for image, is_sure in enumerate(scores >= SURE):
+        if is_sure.any():
+            candidates = detected[image, is_sure]
+            fit = generalized_box_iou(boxes[image], candidates)  # (K, M)
+            snapped[image] = candidates[fit.argmax(1)]
+    return snapped
 
 
 def word_probability(logits: Tensor, text: Text) -> Tensor:

@@ -20,6 +20,7 @@ from pixelllm.checkpoints import (
 )
 from pixelllm.config import Config
 from pixelllm.contexts import default_contexts
+from pixelllm.detection import ScoredBoxes
 from pixelllm.generation import (
     Caption,
     CaptionedBox,
@@ -28,7 +29,13 @@ from pixelllm.generation import (
     rank,
     stream_words,
 )
-from pixelllm.locating import Location, locate_boxes, original_mask, word_probability
+from pixelllm.locating import (
+    Location,
+    locate_boxes,
+    original_mask,
+    snap_boxes,
+    word_probability,
+)
 from pixelllm.model_card import model_card
 from pixelllm.models.build import (
     SpecialIds,
@@ -224,12 +231,14 @@ class PixelLLM(PixelLLMNetwork):
         token_padding: Tensor,
         is_place: Tensor,
         with_masks: bool = False,
+        snap: bool = False,
         max_rows: int = 128,
     ) -> list[Location]:
         """Where expressions point.
 
         Args:
             with_masks: also segment what they point at.
+            snap: take the detected box that fits best instead of the words' own (`snap_boxes`).
             max_rows: expressions at a time, which bounds the memory.
             The others come from `Processor.locating`.
 
@@ -237,17 +246,18 @@ class PixelLLM(PixelLLMNetwork):
             One location per row, K rows an image, also for rows that fill up fewer expressions.
 
         Raises:
-            ValueError: masks of a model that has no mask head.
+            ValueError: masks of a model that has no mask head, or snapping without a detector.
         """
         if with_masks and self.mask_head is None:
             raise ValueError("this model has no mask head; train one of the refseg recipes on it")
         features = self.encode(images, sizes, {})
+        detected = self._detect(features, sizes) if snap else None
         text = Text(context_ids, context_padding, token_ids, token_padding)
         B = len(sizes)
         chunks = torch.arange(len(is_place)).view(B, -1).split(max(1, max_rows // B), dim=1)
         located = []
         for rows in (chunk.flatten() for chunk in chunks):
-            part = (Text(*(tensor[rows] for tensor in text)), is_place[rows], with_masks)
+            part = (Text(*(tensor[rows] for tensor in text)), is_place[rows], with_masks, detected)
             located.append(self._locate(features, sizes, image_sizes, boxes, *part))
         return join_chunks(located, B)
 
@@ -260,9 +270,12 @@ class PixelLLM(PixelLLMNetwork):
         text: Text,
         is_place: Tensor,
         with_masks: bool,
+        detected: ScoredBoxes | None,
     ) -> list[Location]:
         """`locate` of so few expressions that they go at once."""
         found = locate_boxes(self, features, sizes, boxes, text, is_place)
+        if detected is not None:
+            found = found._replace(boxes=snap_boxes(found.boxes, *detected))
         context = self.region_context(len(is_place))
         captions = Text(*context, text.token_ids, text.token_padding)
         fit = word_probability(self.read(features, sizes, found.boxes, captions).logits, text)
@@ -298,11 +311,8 @@ class PixelLLM(PixelLLMNetwork):
         Raises:
             ValueError: a model without a detector.
         """
-        if self.detector is None:
-            raise ValueError("this model has no detector; train one of the densecap recipes on it")
         features = self.encode(images, sizes, {})
-        boxes_px, scores = self.detector.detect(features.fused, sizes, max_detections)
-        boxes = to_relative(boxes_px, sizes).clamp(0, 1)
+        boxes, scores = self._detect(features, sizes, max_detections)
         found = []
         for image, detected in enumerate(scores > 0):
             own = ImageFeatures(*(maps[image, None] for maps in features))
@@ -311,6 +321,15 @@ class PixelLLM(PixelLLMNetwork):
             captions = self.caption_boxes(own, sizes[image, None], rows, *context, **search)
             found.append(rank(rows[0], scores[image, detected], captions))
         return found
+
+    def _detect(
+        self, features: ImageFeatures, sizes: Tensor, max_detections: int = 100
+    ) -> ScoredBoxes:
+        """Detections in [0, 1] of the images, of the size and order of `Detector.detect`."""
+        if self.detector is None:
+            raise ValueError("this model has no detector; train one of the densecap recipes on it")
+        boxes_px, scores = self.detector.detect(features.fused, sizes, max_detections)
+        return ScoredBoxes(to_relative(boxes_px, sizes).clamp(0, 1), scores)
 
     def region_context(self, num_rows: int) -> list[Tensor]:
         """Ids and padding of the context that asks for the caption of a box, for every row."""

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pixelllm.contexts import REGION_CONTEXT
-from pixelllm.locating import Location, locate_boxes, word_probability
+from pixelllm.locating import SURE, Location, locate_boxes, snap_boxes, word_probability
 from pixelllm.mask_codes import decode_mask
 from pixelllm.models.pixelllm import Text
 from pixelllm.pretrained import PixelLLM
@@ -147,3 +147,22 @@ def test_masks_need_a_mask_head(tiny_model, pictures):
 def test_bad_expressions_are_named(tiny_joint_model, pictures, expressions, message):
     with pytest.raises(ValueError, match=message):
         tiny_joint_model.processor().locating(pictures, expressions)
+
+
+def test_a_box_snaps_to_the_sure_detection_that_fits_best() -> None:
+    """Catches unsure detections that win, and images that borrow each other's."""
+    boxes = torch.tensor([[[0.1, 0.1, 0.4, 0.4], [0.8, 0.1, 0.9, 0.2]], [[0.1, 0.1, 0.4, 0.4]] * 2])
+    detected = torch.tensor(
+        [[[0.12, 0.1, 0.38, 0.4], [0.6, 0.6, 0.9, 0.9], [0.1, 0.1, 0.4, 0.41]]] * 2
+    )
+    scores = torch.tensor([[0.9, 0.8, SURE - 0.01], [0.1, 0.1, 0.1]])
+    snapped = snap_boxes(boxes, detected, scores)
+    assert torch.equal(snapped[0], detected[0, :2])  # the second by nearness, nothing overlaps it
+    assert torch.equal(snapped[1], boxes[1])
+
+
+def test_snapping_needs_a_detector(tiny_run) -> None:
+    model = PixelLLM.from_pretrained(tiny_run.main)
+    inputs = model.processor().locating([Image.new("RGB", (64, 48))], [["a car"]])
+    with pytest.raises(ValueError, match="this model has no detector"):
+        model.locate(**inputs, snap=True)

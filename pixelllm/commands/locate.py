@@ -25,6 +25,7 @@ class LocateCommand:
         texts: expressions, e.g. "the red car left of the tree".
         model: folder of a finished run, or a Hub id.
         mask: also segment what is found (run lengths and polygons with --json).
+        snap: take the detected box that fits best (needs a model with a detector).
         json: print one JSON object a line instead of text.
         png: write a picture of all boxes and masks.
         device: auto, cpu, cuda or mps.
@@ -34,6 +35,7 @@ class LocateCommand:
     texts: tyro.conf.Positional[tuple[str, ...]]
     model: str
     mask: bool = False
+    snap: bool = False
     json: bool = False
     png: Path | None = None
     device: str = "auto"
@@ -48,7 +50,7 @@ def locate(command: LocateCommand) -> None:
     image = open_image(command.image)
     inputs = model.processor().locating([image], [command.texts])
     inputs = inputs.to(next(model.parameters()).device)
-    locations = model.locate(**inputs, with_masks=command.mask)
+    locations = model.locate(**inputs, with_masks=command.mask, snap=command.snap)
     found = list(zip(command.texts, locations, strict=True))
     about = {"image": str(command.image), "size_hw": [image.height, image.width]}
     for text, location in found:

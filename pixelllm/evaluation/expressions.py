@@ -38,7 +38,7 @@ class Referred:
 
 
 def predict_expressions(
-    model: PixelLLM, table: Table, limits: Limits, with_masks: bool
+    model: PixelLLM, table: Table, limits: Limits, with_masks: bool, snap: bool = False
 ) -> Iterator[Referred]:
     """Every expression of the table, images in order, with a progress bar.
 
@@ -50,14 +50,14 @@ def predict_expressions(
     left = limits.limit or float("inf")
     for start in tqdm(range(0, len(rows), limits.batch_size), desc="expressions", unit="batch"):
         records = [table[int(row)] for row in rows[start : start + limits.batch_size]]
-        for found in _locate(model, records, with_masks):
+        for found in _locate(model, records, with_masks, snap):
             if left == 0:
                 return
             left -= 1
             yield found
 
 
-def _locate(model: PixelLLM, records: list[Record], with_masks: bool) -> list[Referred]:
+def _locate(model: PixelLLM, records: list[Record], with_masks: bool, snap: bool) -> list[Referred]:
     """All expressions of the records."""
     chosen = []
     for record in records:
@@ -76,7 +76,7 @@ def _locate(model: PixelLLM, records: list[Record], with_masks: bool) -> list[Re
     ).to(device)
     image_sizes = torch.tensor([record.size for record in records])
     views = (batch.images, batch.sizes, image_sizes, batch.boxes)
-    locations = iter(model.locate(*views, *batch.text, batch.with_points, with_masks))
+    locations = iter(model.locate(*views, *batch.text, batch.with_points, with_masks, snap))
     found = []
     for item in chosen:
         of_image = [next(locations) for _ in range(batch.num_prompts)]
@@ -86,10 +86,15 @@ def _locate(model: PixelLLM, records: list[Record], with_masks: bool) -> list[Re
 
 
 def evaluate_expressions(
-    model: PixelLLM, table: Table, limits: Limits, labels: Labels, with_masks: bool = False
+    model: PixelLLM,
+    table: Table,
+    limits: Limits,
+    labels: Labels,
+    with_masks: bool = False,
+    snap: bool = False,
 ) -> Evaluation:
     """Score a table of expressions, and each kind of them that `labels` knows."""
-    found = list(predict_expressions(model, table, limits, with_masks))
+    found = list(predict_expressions(model, table, limits, with_masks, snap))
     metrics = score_found(found, with_masks)
     for label in sorted(set().union(*labels.values())) if labels else ():
         of_kind = [item for item in found if label in labels.get(item.phrase.id, ())]
