@@ -169,7 +169,7 @@ def test_both_prompts_reach_the_masks(table):
 )
 def test_every_parameter_of_a_stage_learns(config, build, tiny_tables):
     config = replace(config, train=short_training())
-    tables = [Table(tiny_tables.train_regions)], Table(tiny_tables.val_regions)
+    tables = [Table(tiny_tables.train_regions)], [Table(tiny_tables.val_regions)]
     stage = build(config, *tables, CPU)
     sum(stage.loss(stage.batches[0]).values()).backward()
     silent = {n for n, p in stage.model.named_parameters() if p.grad is None or not p.grad.any()}
