@@ -1,7 +1,7 @@
 """Evaluate a run.
 
     python eval.py runs/quickstart --data runs/quickstart/data/narrations_val
-    python eval.py runs/joint --task dense --data runs/joint/data/regions_val --limit 100
+    python eval.py runs/joint-refseg --task dense --data runs/scenes/regions_val --limit 100
 
 Prints one table, writes RUN/eval/TASK.json and the predictions in the formats of public tools.
 """
