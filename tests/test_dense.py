@@ -99,7 +99,7 @@ def test_golden_detection_map_and_merged_ground_truth():
         assert_groups(truths, sizes, golden["merged_ground_truth"])
 
 
-@pytest.mark.skipif(not hasattr(meteor, "meteor_scores"), reason="no METEOR without Java yet")
+@pytest.mark.skipif(meteor.unavailable_reason() is not None, reason="no METEOR tables")
 def test_golden_map_with_meteor():
     def similarity(captions, references):
         return meteor.meteor_scores(captions, references)[1]

@@ -95,6 +95,7 @@ def test_a_run_without_captions_of_regions_has_a_baseline(tiny_run, tiny_tables,
     assert 0 <= result["baselines"]["all_attributes_right"] <= 1
 
 
+@needs_meteor
 def test_attributes_count_as_right_only_together() -> None:
     """Catches a share of single attributes, and references of unknown form that count."""
     references = {"a": ["a red car"], "b": ["a red car"], "c": ["sky"]}
