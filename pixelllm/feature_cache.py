@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from pixelllm.batches import frame_images
 from pixelllm.files import write_text, written_whole
-from pixelllm.images import resize_size
 from pixelllm.models.pixelllm import ImageBranch
 from pixelllm.records import Record
 from pixelllm.tables import Table
@@ -128,10 +127,6 @@ class FeatureCache:
             name: torch.from_numpy(np.stack([self._shard(name, s)[row] for s, row in places]))
             for name in self.encoders
         }
-
-    def sizes(self, records: Sequence[Record]) -> Tensor:
-        """Sizes of the images inside the frame, int64[B, 2], without opening them."""
-        return torch.tensor([resize_size(r.size, self.frame, self.frame) for r in records])
 
     def _shard(self, name: str, number: int) -> np.ndarray:
         key = (name, number)

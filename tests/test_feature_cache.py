@@ -75,7 +75,6 @@ def test_cached_features_are_those_of_the_encoders(encoders, images, tmp_path):
     chosen = [table[i] for i in (4, 0, 4)]
     found = cache.lookup(chosen)
     framed, sizes = frame_images(chosen, 48)
-    assert torch.equal(cache.sizes(chosen), sizes)
     for name, encoder in encoders.items():
         assert found[name].dtype == torch.float16
         torch.testing.assert_close(found[name].float(), encoder(framed, sizes))
