@@ -118,9 +118,12 @@ def _extreme(scene: Scene, found: list[int], extreme: str) -> int | None:
     return None if extreme in SIDES and ranked[0][0] <= 0 else ranked[0][1]
 
 
-def region_phrase(rng: Random, thing: SceneObject) -> str:
-    """All attributes in a fixed order: "a large red car"."""
-    return f"a {rng.choice(SIZE_WORDS[thing.size])} {thing.colour} {thing.kind}"
+def region_phrase(thing: SceneObject) -> str:
+    """All attributes in a fixed order: "a large red car".
+
+    One word a size: where two share the chance of a size, a third size wins over either.
+    """
+    return f"a {thing.size} {thing.colour} {thing.kind}"
 
 
 def parse_region(phrase: str) -> tuple[str, str, str] | None:

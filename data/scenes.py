@@ -101,7 +101,7 @@ def make_example(options: Options, split: str, index: int) -> Example:
         boxes=boxes,
         narration=narrate(voice, scene, boxes, options.order, options.verbosity),
         annotator=int(voice.integers(100)),
-        phrases=[region_phrase(writer, thing) for thing in scene.objects],
+        phrases=[region_phrase(thing) for thing in scene.objects],
         expressions=expressions(writer, scene, is_train),
         questions=questions(writer, scene, options.world, is_train),
     )

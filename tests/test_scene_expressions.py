@@ -238,4 +238,4 @@ def test_a_lone_object_can_be_described():
         said = expressions(Random(seed), scene, for_training=True)
         assert all(expression.object == 0 and expression.kind == "plain" for expression in said)
         assert questions(Random(seed), scene, World(), for_training=False)
-    assert region_phrase(Random(0), scene.objects[0]) == "a medium orange fish"
+    assert region_phrase(scene.objects[0]) == "a medium orange fish"
