@@ -194,7 +194,7 @@ def test_region_phrases_say_all_attributes_and_are_parsed_back(examples):
         for thing, phrase in zip(example.scene.objects, example.phrases, strict=True):
             assert parse_region(phrase) == (thing.size, thing.colour, thing.kind)
             seen.add(phrase.split()[1])
-    assert seen == set(SIZES)
+    assert seen == set(SIZES.values())
     assert parse_region("A Big red car.") == ("large", "red", "car")
     for other in ("", "a red car", "a large red car in front of grass", "a huge red car"):
         assert parse_region(other) is None
