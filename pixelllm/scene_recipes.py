@@ -166,8 +166,8 @@ TINY_DETECTOR = DetectorConfig(
 )
 EXPRESSIONS = Source(
     "referring",
-    weight=3,
-    phrases_per_image=2,
+    weight=4,
+    phrases_per_image=4,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
 )
@@ -180,6 +180,10 @@ REGIONS = Source(
     detection_weight=1.0,
     proposals_per_image=4,
 )
+# Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
+PHRASES = replace(
+    REGIONS, batch_size=None, phrases_per_image=3, detection_weight=0.0, proposals_per_image=32
+)
 
 
 def scenes_joint() -> Config:
@@ -189,8 +193,8 @@ def scenes_joint() -> Config:
         small,
         name="scenes-joint",
         model=replace(small.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
-        start=StartConfig(run="runs/quickstart", sam="runs/quickstart/sam"),
-        sources=(Source("narration"), REGIONS, EXPRESSIONS),
+        start=StartConfig(run="runs/small", sam="runs/quickstart/sam"),
+        sources=(Source("narration"), PHRASES, REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
             steps=6500,
