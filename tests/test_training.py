@@ -32,7 +32,8 @@ from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import Table
 from pixelllm.training import captioning
 from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
-from pixelllm.training.loop import NonFiniteLoss, Stage, accumulate_gradients, loader, train
+from pixelllm.training.loader import loader
+from pixelllm.training.loop import NonFiniteLoss, Stage, accumulate_gradients, train
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
 from pixelllm.training.signals import StopRequest
 

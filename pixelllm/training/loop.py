@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pixelllm.config import TrainConfig
 from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
+from pixelllm.training.loader import loader
 from pixelllm.training.logs import RunLog
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
 from pixelllm.training.schedule import learning_rate
-from pixelllm.training.signals import StopRequest, ignore_interrupts
+from pixelllm.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,6 @@ def accumulate_gradients(
         (sum(terms.values()) / config.accumulate).backward()
         num_images += len(batch)
     return sums, num_images
-
-
-def loader(batches: Dataset, step: int, config: TrainConfig) -> Iterator[Any]:
-    """Micro batches from `step` on; a batch depends on its number alone, so this is a resume."""
-    numbers = range(step * config.accumulate, len(batches))
-    # With a generator of its own, the loader draws nothing from the state that a resume restores.
-    own = torch.Generator().manual_seed(config.seed)
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=config.workers,
-            generator=own,
-            worker_init_fn=ignore_interrupts,
-        )
-    )
 
 
 def validate(stage: Stage) -> dict[str, float]:
