@@ -97,6 +97,8 @@ def build(run: Run, config: Recipe) -> Stage:
 def run_training(run: Run, config: Recipe) -> None:
     """Train to the last step and export the model to `run.out`."""
     torch.manual_seed(config.train.seed)
+    # Points of a few words leave gradients that fade into denormals: 5 times slower on CPUs.
+    torch.set_flush_denormal(True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     train(build(run, config), config.train, run.out, run.resume)
