@@ -59,6 +59,12 @@ def points_to_boxes(points: Tensor, valid: Tensor, points_per_side: int = 0) -> 
     return torch.cat([low, high], dim=-1)
 
 
+def order_corners(boxes: Tensor) -> Tensor:
+    """float[..., 4] of any two opposite corners, as xyxy."""
+    first, second = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
+
+
 def to_pixels(coordinates: Tensor, sizes: Tensor) -> Tensor:
     """Points float[B, ..., 2] or boxes float[B, ..., 4] relative to images of sizes [B, 2]."""
     return coordinates * _extent(coordinates, sizes)

@@ -103,7 +103,7 @@ def mask_loss(
     inside = ~padding[:, None, None]
     focal = _focal(logits, masks, focal_alpha, focal_gamma) * inside
     focal = focal.sum((-1, -2)) / inside.sum((-1, -2)).clamp(min=1)  # (B, K, M)
-    dice = _dice(logits, masks)
+    dice = dice_loss(logits, masks, (-1, -2), smooth=1.0)
     focal, dice = focal_weight * focal, dice_weight * dice
     best = (focal + dice).argmin(-1, keepdim=True)
     focal = _masked_mean(focal.gather(-1, best)[..., 0], valid)
@@ -148,6 +148,14 @@ def token_mask(token_ids: Tensor, exclude: str, bos_id: int, eos_id: int, pad_id
     return dropped if exclude.startswith("^") else ~dropped
 
 
+def dice_loss(logits: Tensor, masks: Tensor, dims: tuple[int, ...], smooth: float) -> Tensor:
+    """1 - (2 * overlap + smooth) / (areas + smooth), areas being summed over `dims`."""
+    probabilities = logits.sigmoid()
+    overlap = (probabilities * masks).sum(dims)
+    areas = probabilities.sum(dims) + masks.sum(dims)
+    return 1 - (2 * overlap + smooth) / (areas + smooth)
+
+
 def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     valid = valid.to(values.dtype)
     return (values * valid).sum() / valid.sum().clamp(min=1)
@@ -160,11 +168,3 @@ def _focal(logits: Tensor, masks: Tensor, alpha: float, gamma: float) -> Tensor:
     missed = (logits.sigmoid() - masks).abs()  # 1 - probability of the truth
     weight = alpha * masks + (1 - alpha) * (1 - masks)
     return weight * missed**gamma * cross_entropy
-
-
-def _dice(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - (2 * overlap + 1) / (areas + 1), float32[B, K, M]."""
-    probabilities = logits.sigmoid()
-    overlap = (probabilities * masks).sum((-1, -2))
-    areas = probabilities.sum((-1, -2)) + masks.sum((-1, -2))
-    return 1 - (2 * overlap + 1) / (areas + 1)

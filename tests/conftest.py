@@ -96,6 +96,29 @@ def load_golden_json(relative: str) -> Any:
     return json.loads((golden_root() / relative).read_text())
 
 
+PERCEPTION_GOLDEN = GOLDEN.with_name(f"{GOLDEN.name}_perceptiongpt")
+PERCEPTION_TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def perception_names(prefix: str) -> list[str]:
+    """Names of PerceptionGPT's cases that begin with `prefix`; one placeholder without any."""
+    return sorted(file.stem for file in PERCEPTION_GOLDEN.glob(f"{prefix}*.npz")) or ["absent"]
+
+
+def load_perception(name: str) -> dict[str, torch.Tensor]:
+    """A case of the official PerceptionGPT by array name; skips where the folder is absent."""
+    file = PERCEPTION_GOLDEN / f"{name}.npz"
+    if not file.exists():
+        pytest.skip(f"no golden numbers at {file}; they lie beside PIXELLLM_GOLDEN")
+    with np.load(file) as archive:
+        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+
+
+def part_of(case: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The arrays whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

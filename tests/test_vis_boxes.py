@@ -1,0 +1,36 @@
+"""PerceptionGPT's box encoder and decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PERCEPTION_TOLERANCE, load_perception, part_of, perception_names
+from torch.testing import assert_close
+
+from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
+
+
+@pytest.mark.parametrize("name", perception_names("box_mlp"))
+def test_golden_box_mlp(name: str):
+    case = load_perception(name)
+    hidden, width = case["w.dec.layers.0.weight"].shape
+    encoder, decoder = BoxEncoder(width, hidden), BoxDecoder(width, hidden)
+    encoder.load_state_dict(part_of(case, "w.enc."))
+    decoder.load_state_dict(part_of(case, "w.dec."))
+    assert_close(encoder(case["in.boxes"]), case["out.enc"], **PERCEPTION_TOLERANCE)
+    assert_close(decoder(case["in.hidden"]), case["out.dec"], **PERCEPTION_TOLERANCE)
+
+
+def test_boxes_stay_exact_under_autocast(generator: torch.Generator):
+    """In bfloat16 a coordinate near 1 can only step by 1/256."""
+    encoder, decoder = BoxEncoder(8, 16), BoxDecoder(8, 16)
+    torch.nn.init.normal_(decoder.layers[-1].weight)
+    boxes, states = torch.rand(5, 4, generator=generator), torch.randn(5, 8, generator=generator)
+    plain = encoder(boxes), decoder(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encoder(boxes), decoder(states)
+    assert_close(cast, plain, rtol=0, atol=0)
+
+
+def test_an_untrained_decoder_answers_one_half():
+    assert torch.equal(BoxDecoder(8, 16)(torch.randn(2, 8)), torch.full((2, 4), 0.5))
