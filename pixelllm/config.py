@@ -209,6 +209,7 @@ class StartConfig:
     sam: str | None = None  # of a `*-sam` recipe
     eva02: str | None = None  # of a `*-eva02` recipe
     run: str | None = None  # of a PixelLLM recipe: all weights
+    eyes: str | None = None  # of one with another trunk: its encoders and extractor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ MAKERS: tuple[Callable[[], Config | SamPretraining | Eva02Pretraining], ...] = (
     scenes.scenes_eva02,
     scenes.scenes_tiny,
     scenes.scenes_small,
+    scenes.scenes_smollm2,
     scenes.scenes_ref,
     scenes.scenes_refseg,
     scenes.scenes_densecap,

