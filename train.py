@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from pixelllm.config import Config, Eva02Pretraining, SamPretraining
 from pixelllm.devices import choose_device
 from pixelllm.recipes import RECIPES
+from pixelllm.shards import open_table
 from pixelllm.tables import Table
 from pixelllm.training import captioning, naming, promptable
 from pixelllm.training.loop import NonFiniteLoss, Stage, train
@@ -41,7 +42,7 @@ class Run:
     """Where a run reads and writes.
 
     Args:
-        data: tables to train on.
+        data: tables to train on: folders, or Parquet shards anywhere (docs/data.md).
         val: tables to validate on.
         out: folder of the run.
         resume: go on from the newest checkpoint in `out`.
@@ -49,8 +50,8 @@ class Run:
         device: auto, cpu, cuda or mps.
     """
 
-    data: tuple[Path, ...]
-    val: tuple[Path, ...]
+    data: tuple[str, ...]
+    val: tuple[str, ...]
     out: Path
     resume: bool = False
     cache_features: Path | None = None
@@ -85,7 +86,9 @@ def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
 
 
 def build(run: Run, config: Recipe) -> Stage:
-    tables, val = ([Table(path) for path in paths] for paths in (run.data, run.val))
+    # The stages that make a recipe's eyes need all of a table at once.
+    opened = open_table if isinstance(config, Config) else Table
+    tables, val = ([opened(path) for path in paths] for paths in (run.data, run.val))
     device = choose_device(run.device)
     if isinstance(config, SamPretraining):
         return promptable.build_stage(config, tables, val, device)

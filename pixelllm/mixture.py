@@ -1,116 +1,34 @@
 """The training stream: batch `step` of a mixture of sources, as a function of seed and step.
 
 Whole batches come from one source (reference, section 7.4). Every source is a random walk
-through its records, each once per epoch. Because batch `step` depends on nothing but the seed
-and the step, the loader's state in a checkpoint is one number, and workers need no protocol.
+through its records (`pixelllm.sources`), or several, where they are streamed
+(`pixelllm.streams`): step n then takes the next batch of walk n modulo their number. What is
+saved of them in a checkpoint only spares reading anew what was read before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pixelllm.batches import Batch, Prompted, TextLimits, collate_text, fill
+from pixelllm.batches import Batch, Prompted, TextLimits, collate_text
 from pixelllm.config import Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.images import resize_size
-from pixelllm.records import Record
+from pixelllm.shards import ShardedTable
+from pixelllm.sources import SourceRecords, choose_phrases
+from pixelllm.streams import StreamedRecords
 from pixelllm.tables import Table
 from pixelllm.views import View, random_view, see_mask, see_phrase, whole_view
 
-NO_RECORDS = np.zeros(0, np.int64)
 NO_IMAGE = torch.empty(0, dtype=torch.uint8)
 NO_MASKS = torch.empty(0, dtype=torch.bool)
-
-
-def records_with_task(table: Table, task: str) -> np.ndarray:
-    """Positions of the records that have a phrase of `task`, int64[n] ascending."""
-    phrases = table.rows.data.column("phrases")
-    found, offset = [], 0
-    for chunk in phrases.chunks:
-        tasks = pc.struct_field(pc.list_flatten(chunk), "task")
-        parents = pc.list_parent_indices(chunk).filter(pc.equal(tasks, task))
-        found.append(np.unique(parents.to_numpy(zero_copy_only=False)) + offset)
-        offset += len(chunk)
-    return np.concatenate(found) if found else NO_RECORDS
-
-
-def caption_lengths(table: Table) -> np.ndarray:
-    """Characters of every record's first caption, int64[n]."""
-    lengths = []
-    for chunk in table.rows.data.column("phrases").chunks:
-        first = pc.list_element(pc.list_slice(chunk, 0, 1), 0)
-        lengths.append(pc.utf8_length(pc.struct_field(first, "caption")))
-    return np.concatenate([part.to_numpy(zero_copy_only=False) for part in lengths])
-
-
-def epoch_order(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order in which neighbours that share a batch have captions of like length.
-
-    Sorting the captions of eight batches at a time saves most of the padding.
-    """
-    order = rng.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), 8 * batch_size):
-        window = order[start : start + 8 * batch_size]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        batches += [parts[i] for i in rng.permutation(len(parts))]
-    return np.concatenate(batches)
-
-
-class SourceRecords:
-    """The records of one source over all tables, in a new random order every epoch."""
-
-    def __init__(self, tables: Sequence[Table], source: Source, batch_size: int, seed: int) -> None:
-        self.tables = tables
-        self.source = source
-        self.batch_size = source.batch_size or batch_size
-        self.seed = seed
-        mine = [fnmatch(table.path.name, source.tables) for table in tables]
-        found = [
-            records_with_task(t, source.task) if wanted else NO_RECORDS
-            for t, wanted in zip(tables, mine, strict=True)
-        ]
-        self.rows = np.concatenate(
-            [np.stack([np.full(len(f), number), f], axis=1) for number, f in enumerate(found)]
-        )  # (n, 2): table, record
-        if not len(self.rows):
-            names = ", ".join(str(table.path) for table in tables)
-            wanted = f"{source.task!r} phrases in tables called {source.tables!r}"
-            raise ValueError(f"the recipe needs {wanted}; there are none in {names}")
-        self.lengths = np.concatenate(
-            [caption_lengths(table)[f] for table, f in zip(tables, found, strict=True)]
-        )
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def __getitem__(self, position: int) -> Record:
-        """The record at `position` of the endless walk."""
-        epoch, index = divmod(position, len(self.rows))
-        if self._order is None or self._order[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._order = (epoch, epoch_order(self.lengths, self.batch_size, rng))
-        table, record = self.rows[self._order[1][index]]
-        return self.tables[table][int(record)]
-
-    def choose(self, record: Record, rng: np.random.Generator) -> Prompted:
-        """Draw the phrases of this source and a context for each."""
-        mine = [phrase for phrase in record.phrases if phrase.task == self.source.task]
-        count = min(len(mine), self.source.phrases_per_image)
-        phrases = tuple(mine[i] for i in rng.permutation(len(mine))[:count])
-        contexts = self.source.contexts
-        drawn = rng.integers(len(contexts), size=count)
-        return Prompted(
-            record,
-            phrases,
-            tuple(fill(contexts[i], p) for i, p in zip(drawn, phrases, strict=True)),
-        )
 
 
 def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.ndarray:
@@ -125,6 +43,47 @@ def draw_sources(sources: Sequence[Source], num_steps: int, seed: int) -> np.nda
     shares = weights.cumsum(1) / weights.sum(1, keepdims=True)
     chance = np.random.default_rng([seed, len(sources)]).random((num_steps, 1))
     return (chance >= shares).sum(1)
+
+
+def source_records(
+    tables: Sequence[Table | ShardedTable], source: Source, batch_size: int, seed: int
+) -> SourceRecords | StreamedRecords:
+    """The records of a source, streamed where they lie in shards.
+
+    Raises ValueError where there are none, or some of either kind.
+    """
+    mine = [table for table in tables if fnmatch(table.name, source.tables)]
+    found = [table for table in mine if table.has_task(source.task)]
+    streamed = [table for table in found if isinstance(table, ShardedTable)]
+    if not found:
+        names = ", ".join(str(table.path) for table in tables)
+        wanted = f"{source.task!r} phrases in tables called {source.tables!r}"
+        raise ValueError(f"the recipe needs {wanted}; there are none in {names}")
+    if not streamed:
+        return SourceRecords(found, source, batch_size, seed)
+    if len(streamed) < len(found):
+        names = ", ".join(str(table.path) for table in found)
+        raise ValueError(
+            f"{source.task!r} phrases lie in Arrow tables and in Parquet shards: {names}; "
+            "make shards of all of them with python -m data.parquet"
+        )
+    return StreamedRecords(streamed, source, batch_size, seed)
+
+
+def turns_of(picks: np.ndarray, walks: Sequence[int]) -> np.ndarray:
+    """How often the walk of every step was drawn from before: its place there, int64[num_steps].
+
+    Args:
+        picks: the source of every step.
+        walks: of every source; step n is for walk n modulo their number.
+    """
+    turns = np.zeros(len(picks), dtype=np.int64)
+    for source, num_walks in enumerate(walks):
+        for walk in range(num_walks):
+            mine = np.arange(walk, len(picks), num_walks)
+            mine = mine[picks[mine] == source]
+            turns[mine] = np.arange(len(mine))
+    return turns
 
 
 class Mixture(Dataset):
@@ -159,7 +118,7 @@ class Mixture(Dataset):
                 "cannot be cached; leave out the cache or their scale"
             )
         self.sources = [
-            SourceRecords(tables, source, batch_size, seed + number)
+            source_records(tables, source, batch_size, seed + number)
             for number, source in enumerate(sources)
         ]
         self.tokenizer = tokenizer
@@ -169,11 +128,24 @@ class Mixture(Dataset):
         self.cache = cache
         self.with_images = with_images
         self.picks = draw_sources(sources, num_steps, seed)
-        # How often a step's source was picked before: its place in that source's walk.
-        self.turns = np.zeros(num_steps, dtype=np.int64)
-        for number in range(len(sources)):
-            mine = self.picks == number
-            self.turns[mine] = np.arange(mine.sum())
+        self.share(1, {})
+
+    def share(self, num_readers: int, saved: dict[str, Any]) -> None:
+        """Get ready for `num_readers` that take every `num_readers`-th step each.
+
+        Args:
+            saved: what `state` said of any steps of any readers, newest last.
+        """
+        for number, records in enumerate(self.sources):
+            mine = {key: saved[key] for key in saved if key.startswith(f"{number}:")}
+            records.share(num_readers, {key.split(":")[1]: mine[key] for key in mine})
+        self.turns = turns_of(self.picks, [records.num_walks for records in self.sources])
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the walk of `step` stands after it, as JSON; empty where it need not be saved."""
+        number = int(self.picks[step])
+        walks = self.sources[number].state(step)
+        return {f"{number}:{key}": state for key, state in walks.items()}
 
     def __len__(self) -> int:
         return len(self.picks)
@@ -181,8 +153,8 @@ class Mixture(Dataset):
     def __getitem__(self, step: int) -> Batch:
         records = self.sources[self.picks[step]]
         rng = np.random.default_rng([self.seed, 1, step])
-        first = int(self.turns[step]) * records.batch_size
-        chosen = [records.choose(records[first + i], rng) for i in range(records.batch_size)]
+        drawn = records.batch(step, int(self.turns[step]))
+        chosen = [choose_phrases(records.source, record, rng) for record in drawn]
         return assemble(
             chosen,
             self.tokenizer,

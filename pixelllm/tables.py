@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
@@ -56,10 +58,12 @@ class Table:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.name = self.path.name
         file = self.path / ARROW_FILE
         if not file.exists():
             raise FileNotFoundError(
-                f"{self.path} is not a table of records ({ARROW_FILE} is missing); "
+                f"{self.path} is not a table of records ({ARROW_FILE} is missing; "
+                "Parquet shards are for training on alone); "
                 "make one with a reader, e.g. python -m data.localized_narratives"
             )
         try:
@@ -74,3 +78,33 @@ class Table:
 
     def __getitem__(self, index: int) -> Record:
         return from_row(self.rows[index])
+
+    def has_task(self, task: str) -> bool:
+        """Whether there are phrases of `task`."""
+        return len(records_with_task(self.rows.data.column("phrases"), task)) > 0
+
+    def phrases(self, limit: int) -> Iterator[pa.StructArray]:
+        """The phrases of the first `limit` records."""
+        for chunk in self.rows.data.column("phrases").slice(0, limit).chunks:
+            yield chunk.flatten()
+
+
+def records_with_task(phrases: pa.ChunkedArray, task: str) -> np.ndarray:
+    """Positions in the column `phrases` that have one of `task`, int64[n] ascending."""
+    found, offset = [np.zeros(0, np.int64)], 0
+    for chunk in phrases.chunks:
+        tasks = pc.struct_field(pc.list_flatten(chunk), "task")
+        parents = pc.list_parent_indices(chunk).filter(pc.equal(tasks, task))
+        found.append(np.unique(parents.to_numpy(zero_copy_only=False)) + offset)
+        offset += len(chunk)
+    return np.concatenate(found)
+
+
+def caption_lengths(phrases: pa.ChunkedArray) -> np.ndarray:
+    """Characters of every record's first caption, int64[n]."""
+    lengths = [np.zeros(0, np.int64)]
+    for chunk in phrases.chunks:
+        first = pc.list_element(pc.list_slice(chunk, 0, 1), 0)
+        length = pc.utf8_length(pc.struct_field(first, "caption"))
+        lengths.append(length.to_numpy(zero_copy_only=False))
+    return np.concatenate(lengths)

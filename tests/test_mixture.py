@@ -11,19 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelllm.batches import Batch, TextLimits
+from pixelllm.batches import Batch, TextLimits, fill
 from pixelllm.config import Source
-from pixelllm.mixture import (
-    Mixture,
-    SourceRecords,
-    caption_lengths,
-    draw_sources,
-    epoch_order,
-    fill,
-    records_with_task,
-)
+from pixelllm.mixture import Mixture, draw_sources, source_records
 from pixelllm.records import Phrase, Record
-from pixelllm.tables import Table, write_table
+from pixelllm.sources import SourceRecords, choose_phrases, epoch_order
+from pixelllm.tables import Table, caption_lengths, records_with_task, write_table
 from pixelllm.tokenizer import train_tokenizer
 
 TASKS = ("narration", "caption")
@@ -70,14 +63,16 @@ def equal(first: Batch, second: Batch) -> bool:
 
 
 def test_records_of_a_task_are_found(table):
-    assert records_with_task(table, "narration").tolist() == list(range(10))
-    assert records_with_task(table, "caption").tolist() == [0, 3, 6, 9]
-    assert records_with_task(table, "region").tolist() == []
+    phrases = table.rows.data.column("phrases")
+    assert records_with_task(phrases, "narration").tolist() == list(range(10))
+    assert records_with_task(phrases, "caption").tolist() == [0, 3, 6, 9]
+    assert records_with_task(phrases, "region").tolist() == []
+    assert table.has_task("caption") and not table.has_task("region")
 
 
 def test_an_absent_task_is_named_with_the_tables(table):
     with pytest.raises(ValueError, match=rf"needs 'region' phrases.* none in {table.path}"):
-        SourceRecords([table], Source("region"), batch_size=2, seed=0)
+        source_records([table], Source("region"), batch_size=2, seed=0)
 
 
 def test_a_source_draws_from_the_tables_its_glob_names(tmp_path: Path):
@@ -89,7 +84,7 @@ def test_a_source_draws_from_the_tables_its_glob_names(tmp_path: Path):
         tables.append(Table(tmp_path / corpus))
 
     def drawn(glob: str) -> set[str]:
-        source = SourceRecords(tables, Source("referring", tables=glob), batch_size=1, seed=0)
+        source = source_records(tables, Source("referring", tables=glob), batch_size=1, seed=0)
         return {source[position].id for position in range(2 * len(source.rows))}
 
     assert drawn("*coco*") == {"coco_train/0"} and drawn("flickr*") == {"flickr_train/0"}
@@ -148,7 +143,7 @@ def test_captions_of_a_batch_have_like_length():
 
 
 def test_the_longest_captions_are_those_of_the_table(table):
-    lengths = caption_lengths(table)
+    lengths = caption_lengths(table.rows.data.column("phrases"))
     assert lengths.tolist() == [len(table[i].phrases[0].caption) for i in range(10)]
 
 
@@ -191,12 +186,12 @@ def test_batches_of_a_source_walk_on_from_each_other(table, tokenizer):
 
 def test_phrases_and_contexts_are_drawn_anew(table, tokenizer):
     source = Source("narration", contexts=("", "say {}:"), phrases_per_image=1)
-    walk, rng = SourceRecords([table], source, 2, seed=0), np.random.default_rng(0)
-    drawn = [walk.choose(table[4], rng) for _ in range(60)]
+    rng = np.random.default_rng(0)
+    drawn = [choose_phrases(source, table[4], rng) for _ in range(60)]
     assert {item.phrases[0].id for item in drawn} == {"4-0", "4-1"}
     assert {item.contexts[0] for item in drawn} == {"", "say about 4:"}
-    several = SourceRecords([table], replace(source, phrases_per_image=5), 2, seed=0)
-    assert len(several.choose(table[4], rng).phrases) == 2
+    several = replace(source, phrases_per_image=5)
+    assert len(choose_phrases(several, table[4], rng).phrases) == 2
 
 
 def test_a_template_takes_the_context_of_the_phrase():

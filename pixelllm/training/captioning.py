@@ -15,9 +15,12 @@ from pixelllm.batches import Batch, TextLimits
 from pixelllm.checkpoints import write_text
 from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
-from pixelllm.mixture import Mixture, SourceRecords, records_with_task
+from pixelllm.mixture import Mixture
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.pretrained import PUBLISHED, PixelLLM
+from pixelllm.shards import ShardedTable
+from pixelllm.sources import SourceRecords
+from pixelllm.streams import StreamedRecords
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.loop import Stage
@@ -32,8 +35,8 @@ BASELINE_FILE = "training_captions.json"
 
 def build_stage(
     config: Config,
-    tables: list[Table],
-    val: list[Table],
+    tables: list[Table | ShardedTable],
+    val: list[Table | ShardedTable],
     device: torch.device,
     cache_folder: Path | None = None,
 ) -> Stage:
@@ -56,6 +59,8 @@ def build_stage(
         sizes = [replace(config.model.sam, weights=None), replace(config.model.eva02, weights=None)]
         cache = FeatureCache(cache_folder, frozen, config.model.frame, sizes)
         for table in [*tables, *val]:
+            if isinstance(table, ShardedTable):
+                raise ValueError(f"--cache-features: {table.path} is streamed; leave it out")
             cache.fill(table, device)
     train = config.train
     facts = {
@@ -92,31 +97,30 @@ def build_stage(
     return Stage(model, batches, loss, validate, export)
 
 
-def scored_sources(sources: Sequence[Source], val: list[Table]) -> list[Source]:
+def scored_sources(sources: Sequence[Source], val: list[Table | ShardedTable]) -> list[Source]:
     """The last source of every task that the validation tables have phrases of.
 
     Raises ValueError where there is none.
     """
     last = {source.task: replace(source, window=(0.0, 1.0), scale=None) for source in sources}
-    found = [s for s in last.values() if any(len(records_with_task(t, s.task)) for t in val)]
+    found = [s for s in last.values() if any(t.has_task(s.task) for t in val)]
     if not found:
         names = ", ".join(str(table.path) for table in val)
         raise ValueError(f"--val {names}: no phrases of the recipe's tasks ({', '.join(last)})")
     return found
 
 
-def sample_captions(records: SourceRecords, count: int = 500) -> list[str]:
+def sample_captions(records: SourceRecords | StreamedRecords, count: int = 500) -> list[str]:
     """Captions of a source's random walk, for the trivial baseline of an evaluation."""
-    walk = (records[position] for position in range(min(count, len(records.rows))))
     task = records.source.task
-    return [next(p.caption for p in record.phrases if p.task == task) for record in walk]
+    return [next(p.caption for p in r.phrases if p.task == task) for r in records.sample(count)]
 
 
 def text_limits(config: Config, model: PixelLLM) -> TextLimits:
     return TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
 
 
-def build_tokenizer(config: Config, tables: list[Table]) -> PreTrainedTokenizerFast:
+def build_tokenizer(config: Config, tables: list[Table | ShardedTable]) -> PreTrainedTokenizerFast:
     """That of the run to start from or of the trunk, else one trained on the tables' captions."""
     if config.start.run is not None:  # its weights know no other
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)
@@ -144,11 +148,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _captions(tables: list[Table], limit: int) -> Iterable[str]:
+def _captions(tables: list[Table | ShardedTable], limit: int) -> Iterable[str]:
     """Captions and contexts of the first `limit` records of every table."""
     for table in tables:
-        for chunk in table.rows.data.column("phrases").slice(0, limit).chunks:
-            phrases = chunk.flatten()
+        for phrases in table.phrases(limit):
             yield from phrases.field("caption").to_pylist()
             yield from filter(None, phrases.field("context").to_pylist())
 

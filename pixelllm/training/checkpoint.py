@@ -11,6 +11,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass
 class TrainingState:
-    """What changes while training. `scores` are the last validation's."""
+    """What changes while training.
+
+    `scores` are the last validation's; `loader` says where streamed data stand, as JSON.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     scores: dict[str, float] = field(default_factory=dict)
+    loader: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """Trainable parameters, and buffers such as the running statistics of a norm."""
@@ -86,7 +91,7 @@ class CheckpointFolder:
 
     def save(self, step: int, state: TrainingState) -> None:
         """Write the checkpoint, then remove what need not be kept."""
-        facts = {"step": step, "scores": state.scores}
+        facts = {"step": step, "scores": state.scores, "loader": state.loader}
         try:
             with written_whole(self.path(step)) as beside:
                 write_tensors(state.tensors(), beside / "state.safetensors")
@@ -115,6 +120,7 @@ class CheckpointFolder:
         state.load(read_weights(folder / "state.safetensors"))
         facts = json.loads((folder / "state.json").read_text())
         state.scores = facts["scores"]
+        state.loader = facts.get("loader", {})  # absent in runs from before data were streamed
         return facts["step"]
 
     def best(self) -> int | None:

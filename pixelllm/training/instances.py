@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from pixelllm.batches import frame_images
 from pixelllm.config import Source
-from pixelllm.mixture import NO_IMAGE, SourceRecords
+from pixelllm.mixture import NO_IMAGE, source_records
 from pixelllm.records import Phrase
 from pixelllm.tables import Table
 from pixelllm.views import View, see_mask
@@ -70,7 +70,7 @@ class Instances(Dataset):
         objects_per_image: int | None,
         seed: int,
     ) -> None:
-        self.records = SourceRecords(tables, Source(TASK), batch_size, seed)
+        self.records = source_records(tables, Source(TASK), batch_size, seed)
         self.words = {word: index for index, word in enumerate(words)}
         self.frame = frame
         self.batch_size = batch_size

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from pixelllm.config import TrainConfig
 from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
-from pixelllm.training.loader import loader
+from pixelllm.training.loader import loader, named_deaths
 from pixelllm.training.logs import RunLog
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
 from pixelllm.training.schedule import learning_rate
@@ -65,9 +65,9 @@ def train(stage: Stage, config: TrainConfig, out: Path, resume: bool) -> None:
     state = TrainingState(stage.model, optimizer)
     step = checkpoints.load_newest(state) if resume else 0
     log = RunLog(out, step, config.steps)
-    batches = loader(stage.batches, step, config)
+    batches = loader(stage.batches, step, config, saved=state.loader)
     stage.model.train()
-    with log, StopRequest.on_signals() as stop:
+    with log, named_deaths(config.workers), StopRequest.on_signals() as stop:
         while step < config.steps:
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
             set_learning_rate(optimizer, lr)
@@ -83,6 +83,7 @@ def train(stage: Stage, config: TrainConfig, out: Path, resume: bool) -> None:
                 state.scores = validate(stage)
                 log.write(step, **{f"val_{name}": score for name, score in state.scores.items()})
             if step % config.save_every == 0 or step == config.steps or stop.requested:
+                state.loader = batches.state_dict()
                 checkpoints.save(step, state)
             stop.raise_if_requested(out, step)
     stage.export(out)

@@ -1,0 +1,149 @@
+"""Tables of records as Parquet shards: written one after another, read in passing.
+
+Where an Arrow table (`pixelllm.tables`) must lie on a local disk, shards may lie anywhere that
+fsspec reads, such as the Hugging Face Hub or S3, and be larger than any disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pixelllm.files import written_whole
+from pixelllm.records import FEATURES, Record, to_row
+from pixelllm.tables import ARROW_FILE, REPORT_FILE, Table
+
+ROW_GROUP = 256  # records that a reader decodes at once
+
+
+class ShardedTable:
+    """A table of records in Parquet shards.
+
+    Args:
+        source: a folder of shards, a glob or a single shard; a path or a URL (`hf://`, `s3://`).
+
+    Raises FileNotFoundError where there is no shard, ValueError where they hold no records.
+    """
+
+    def __init__(self, source: Path | str) -> None:
+        self.path = str(source)
+        self.name = self.path.rstrip("/").rsplit("/", 1)[-1]
+        self._system, path = fsspec.core.url_to_fs(self.path)
+        self._paths = self._shards(path)
+        with self._system.open(self._paths[0], "rb") as file:
+            try:
+                self._footer = pq.read_metadata(file)
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{self._paths[0]} is not a whole Parquet file: {error}"
+                ) from error
+        missing = set(FEATURES) - set(self._footer.schema.to_arrow_schema().names)
+        if missing:
+            raise ValueError(
+                f"{self._paths[0]} has no columns {sorted(missing)}, so it holds no records; "
+                "make shards with python -m data.parquet"
+            )
+
+    def _shards(self, path: str) -> list[str]:
+        if "*" in path:
+            found = self._system.glob(path)
+        elif path.endswith(".parquet"):
+            found = [path]
+        else:
+            files = self._system.ls(path, detail=False)
+            found = [file for file in files if file.endswith(".parquet")]
+        if not found:
+            raise FileNotFoundError(f"{self.path}: no Parquet shard there")
+        return sorted(found)
+
+    @property
+    def files(self) -> list[str]:
+        """The shards in order, as URLs."""
+        return [self._system.unstrip_protocol(path) for path in self._paths]
+
+    def has_task(self, task: str) -> bool:
+        """Whether there may be phrases of `task`; the statistics of the first shard tell."""
+        column = self._footer.schema.names.index("task")
+        groups = range(self._footer.num_row_groups)
+        found = (self._footer.row_group(group).column(column).statistics for group in groups)
+        return any(s is None or not s.has_min_max or s.min <= task <= s.max for s in found)
+
+    def phrases(self, limit: int) -> Iterator[pa.StructArray]:
+        """The phrases of the first `limit` records."""
+        for path in self._paths:
+            with self._system.open(path, "rb") as file:
+                for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=["phrases"]):
+                    if limit <= 0:
+                        return
+                    yield batch.column("phrases").slice(0, limit).flatten()
+                    limit -= len(batch)
+
+
+def open_table(source: Path | str) -> Table | ShardedTable:
+    """The table at `source`, in whichever of the two forms it is.
+
+    Raises FileNotFoundError or ValueError where there is none.
+    """
+    is_local = "://" not in str(source)
+    if is_local and (Path(source) / ARROW_FILE).exists():
+        return Table(source)
+    has_shards = not is_local or "*" in str(source) or Path(source).suffix == ".parquet"
+    if has_shards or any(Path(source).glob("*.parquet")):
+        return ShardedTable(source)
+    return Table(source)  # says what is missing
+
+
+def unfinished(path: Path | str) -> Path:
+    """Where the shards of an interrupted `write_shards` wait to be gone on with."""
+    return Path(path).with_name(Path(path).name + ".unfinished")
+
+
+def written_report(path: Path | str) -> dict[str, Any] | None:
+    """The report at the end of the last whole shard of an interrupted `write_shards`."""
+    shards = sorted(unfinished(path).glob("*.parquet"))
+    return json.loads(pq.read_metadata(shards[-1]).metadata[b"report"]) if shards else None
+
+
+def write_shards(
+    records: Iterable[Record], path: Path | str, report: dict[str, Any], shard_size: int
+) -> None:
+    """Write records to the folder `path` in shards of `shard_size`, then the report.
+
+    The folder appears under its name when it is complete. What an interrupted or failed call
+    wrote is kept: the next one with as many records a shard adds its records to it, so they
+    must be those after `written_report`. Memory holds one row group. Raises ValueError on no
+    record at all, FileExistsError where `path` is not a table.
+    """
+    path = Path(path)
+    if path.exists() and not (path / REPORT_FILE).exists():
+        raise FileExistsError(f"{path} exists and is not a table of records; choose another name")
+    folder = unfinished(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("*.parquet")))
+    records = iter(records)
+    while first := list(islice(records, 1)):
+        with written_whole(folder / f"{number:05d}.parquet") as beside:
+            _write_shard(chain(first, islice(records, shard_size - 1)), beside, report)
+        number += 1
+    if number == 0:
+        folder.rmdir()
+        raise ValueError(f"{path}: no record to write; report: {json.dumps(report)}")
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    if path.exists():
+        shutil.rmtree(path)
+    folder.rename(path)
+
+
+def _write_shard(records: Iterator[Record], file: Path, report: dict[str, Any]) -> None:
+    with pq.ParquetWriter(file, FEATURES.arrow_schema, compression="zstd") as writer:
+        while rows := [to_row(record) for record in islice(records, ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(rows, FEATURES.arrow_schema))
+        writer.add_key_value_metadata({"report": json.dumps(report)})
