@@ -23,6 +23,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -31,6 +32,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from pixelllm.models.trunk import Generation, Language, Prompt, join
+from pixelllm.weights import pretrained_source
 
 # The official code adds this to masked attention scores. Unlike -inf it makes a row without any
 # valid key an average over all keys.
@@ -239,17 +241,22 @@ class DecoderOnlyLanguage(TransformersLanguage):
 def load_trunk(
     name_or_path: str | Path, dtype: torch.dtype = torch.float32
 ) -> EncoderDecoderLanguage | DecoderOnlyLanguage:
-    """A pretrained trunk from a Hub id or, without any network access, from a local folder.
+    """A pretrained trunk from a Hub id, a local folder or a GGUF file, see `pretrained_source`.
+
+    Weights that GGUF holds in blocks of few bits become plain ones, so that LoRA can train on them.
 
     Raises:
         OSError: there is no such model.
-        ValueError: an encoder-decoder that is not of the T5 family.
+        ValueError: an encoder-decoder that is not of the T5 family, or a damaged file.
     """
-    name, local = str(name_or_path), {"local_files_only": Path(name_or_path).is_dir()}
-    if AutoConfig.from_pretrained(name, **local).is_encoder_decoder:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, **local, dtype=dtype)
-        return EncoderDecoderLanguage(model)
-    return DecoderOnlyLanguage(AutoModelForCausalLM.from_pretrained(name, **local, dtype=dtype))
+    source, options = pretrained_source(name_or_path)
+    config = AutoConfig.from_pretrained(source, **options)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = kind.from_pretrained(source, config=config, dtype=dtype, **options)
+    wrapper = EncoderDecoderLanguage if config.is_encoder_decoder else DecoderOnlyLanguage
+    return wrapper(model)
 
 
 def build_t5(
