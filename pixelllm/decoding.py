@@ -1,6 +1,7 @@
 """Greedy and beam search by the rules of the official release, on any next-word model.
 
-Both recompute from the words written so far, and neither predicts the last position.
+The release recomputes everything from the words written so far; a model with a cache reads the
+last of them alone and is told which beams go on. Neither search predicts the last position.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (token_ids int64[R, T], t) -> float[R, V]: scores of the word after position t
+# (token_ids int64[R, T], t) -> float[R, V]: scores of the word after position t = 0, 1, …
 NextLogits = Callable[[Tensor, int], Tensor]
 
 _EMPTY = -1.0e7
@@ -40,6 +41,8 @@ def greedy_search(next_logits: NextLogits, start: Tensor, eos_id: int) -> tuple[
         token_ids[:, t + 1] = token.masked_fill(ended, eos_id)
         total += log_prob.masked_fill(ended, 0.0)
         ended |= token == eos_id
+        if ended.all():
+            break
     num_words = (token_ids != eos_id).sum(1) - 1
     return token_ids, total / num_words.clamp(min=1)
 
@@ -51,6 +54,7 @@ def beam_search(
     num_beams: int,
     per_beam: int = 2,
     alpha: float = 0.6,
+    reorder: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Beam search with a brevity penalty; repetitions are allowed.
 
@@ -60,6 +64,8 @@ def beam_search(
         num_beams: beams kept per item, finished and live each.
         per_beam: num_beams * per_beam candidates are drawn in each step.
         alpha: finished beams score log-probability / ((5 + position of EOS) / 6) ** alpha.
+        reorder: called between two words with the beams that go on, int64[R, num_beams]: the
+            row of an item's beam i continues that of its beam `beams[i]`.
 
     Returns:
         token_ids int64[R, num_beams, T] and scores float32[R, num_beams], the best last. An
@@ -82,11 +88,14 @@ def beam_search(
         ids = _take(live_ids, beams)
         ids[..., t + 1] = tokens
         ended = tokens == eos_id
-        live_ids, live = _best(ids, scores + ended * _EMPTY, num_beams)
+        live, kept = _best(scores + ended * _EMPTY, num_beams)
+        live_ids = _take(ids, kept)
+        if reorder is not None:
+            reorder(beams.gather(1, kept))
         finished = (scores / _penalty(t + 1, alpha)).masked_fill(~ended, _EMPTY)
         ids = ids.masked_fill(~ended[..., None], 0)
-        done_ids, done = torch.cat([done_ids, ids], 1), torch.cat([done, finished], 1)
-        done_ids, done = _best(done_ids, done, num_beams)
+        done, kept = _best(torch.cat([done, finished], 1), num_beams)
+        done_ids = _take(torch.cat([done_ids, ids], 1), kept)
     any_done = (done > _EMPTY).any(1)[:, None]
     return torch.where(any_done[..., None], done_ids, live_ids), torch.where(any_done, done, live)
 
@@ -100,7 +109,7 @@ def _take(token_ids: Tensor, beams: Tensor) -> Tensor:
     return token_ids.gather(1, beams[..., None].expand(-1, -1, token_ids.shape[-1]))
 
 
-def _best(token_ids: Tensor, scores: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
-    """The best of each item in increasing order."""
+def _best(scores: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
+    """The best of each item in increasing order, and which they are."""
     scores, beams = scores.topk(num_beams)
-    return _take(token_ids, beams.flip(1)), scores.flip(1)
+    return scores.flip(1), beams.flip(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import golden_names, load_golden
 from flax_language import git_decoder
+from recomputed import Recomputed
 
 from pixelllm.decoding import beam_search, greedy_search
 
@@ -53,8 +54,9 @@ def test_golden_table_model(name):
         torch.testing.assert_close(scores, expected, **case.tolerance)
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("name", golden_names("decode_text_decoder"))
-def test_golden_text_decoder(name):
+def test_golden_text_decoder(name, is_cached):
     case = load_golden(name)
     model = git_decoder(case.weights(), case.hparams).eval()
     prefix = case.tensor("in.visual_features").flatten(0, 1)
@@ -66,7 +68,7 @@ def test_golden_text_decoder(name):
         ids = context[:, :0] if "nocontext" in name else context
         with torch.no_grad():
             prompt = model.encode(prefix, ids, ids == 0)
-            tokens, scores = search(model, prompt, start, name, case.hparams)
+            tokens, scores = search(model, prompt, start, name, case.hparams, is_cached)
         assert torch.equal(tokens[:, -1], case.tensor(key).long().flatten(0, 1)), key
         expected = case.tensor(f"out.{name}.log_probs").flatten()
         torch.testing.assert_close(scores[:, -1], expected, **case.tolerance)
@@ -77,26 +79,18 @@ def test_golden_text_decoder(name):
             torch.testing.assert_close(scores, expected, **case.tolerance)
 
 
-def search(model, prompt, start, name, hparams):
+def search(model, prompt, start, name, hparams, is_cached):
     """Tokens int64[R, beams, T] and scores of the search that `name` describes."""
     num_beams = int(re.match(r"beam(\d+)", name).group(1)) if name.startswith("beam") else 1
-    prompts = prompt.repeat(num_beams)
-
-    def next_logits(token_ids, t):
-        return model.logits(model.decode(prompts, token_ids[:, : t + 1])[:, -1])
-
+    steps = model.new_steps(prompt, num_beams, start.shape[1] - 2)
+    if not is_cached:
+        steps = Recomputed(model, prompt, num_beams)
     eos = hparams["end_token_id"]
     if name.startswith("greedy"):
-        tokens, scores = greedy_search(next_logits, start, eos)
+        tokens, scores = greedy_search(steps, start, eos)
         return tokens[:, None], scores[:, None]
-    return beam_search(
-        next_logits,
-        start,
-        eos,
-        num_beams,
-        hparams["per_node_beam_size"],
-        hparams["brevity_penalty_alpha"],
-    )
+    per_beam, alpha = hparams["per_node_beam_size"], hparams["brevity_penalty_alpha"]
+    return beam_search(steps, start, eos, num_beams, per_beam, alpha, steps.reorder)
 
 
 def test_toy_model_of_the_reference_sheet():
@@ -141,6 +135,42 @@ def test_greedy_never_writes_a_word_twice_in_a_row(generator):
     tokens, _ = greedy_search(lambda ids, t: table[ids[:, t]], begin(1, 9), EOS)
     words = tokens[0][tokens[0] != EOS]
     assert (words[1:] != words[:-1]).all()
+
+
+def test_a_cache_is_told_which_beams_go_on(generator):
+    """A model that sees its own words only through `reorder` finds the same captions."""
+    table = 3 * torch.randn(30, 9, generator=generator)
+    seen = torch.full((5, 3, 9), -1)  # what a cache would hold: items, beams, words
+
+    def next_logits(token_ids, t):
+        words = token_ids[:, : t + 1]
+        return table[(words * torch.arange(1, t + 2)).sum(1) % 30]
+
+    def of_the_cache(token_ids, t):
+        seen[..., t] = token_ids[:, t].unflatten(0, (5, 3))
+        return next_logits(seen.flatten(0, 1), t)
+
+    def reorder(beams):
+        seen.copy_(seen.gather(1, beams[..., None].expand_as(seen)))
+
+    expected, _ = beam_search(next_logits, begin(5, 9), EOS, num_beams=3)
+    tokens, _ = beam_search(of_the_cache, begin(5, 9), EOS, num_beams=3, reorder=reorder)
+    assert torch.equal(tokens, expected)
+    seen.fill_(-1)
+    tokens, _ = beam_search(of_the_cache, begin(5, 9), EOS, num_beams=3)
+    assert not torch.equal(tokens, expected)
+
+
+def test_greedy_asks_no_further_once_every_item_has_ended():
+    asked = []
+
+    def next_logits(token_ids, t):
+        asked.append(t)
+        return torch.eye(6)[[EOS if t >= item else 2 + t for item in (1, 3)]] * 9
+
+    tokens, _ = greedy_search(next_logits, begin(2, 12), EOS)
+    assert asked == [0, 1, 2, 3]
+    assert tokens[:, :5].tolist() == [[BOS, 2, EOS, EOS, EOS], [BOS, 2, 3, 4, EOS]]
 
 
 def test_a_live_beam_may_still_overtake_a_finished_one():

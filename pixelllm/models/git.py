@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, Cache, DynamicCache
 from transformers.models.bert.modeling_bert import BertEncoder
 
+from pixelllm.models.git_cache import GitSteps
 from pixelllm.models.trunk import Language, Prompt, join
 
 
@@ -62,7 +63,7 @@ class GitDecoder(Language):
         self.apply(_init)
 
     def encode(self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor) -> Prompt:
-        return join(self.visual_projection(prefix), self._embed(context_ids), context_padding)
+        return join(self.visual_projection(prefix), self.embed(context_ids), context_padding)
 
     def decode(
         self,
@@ -74,7 +75,7 @@ class GitDecoder(Language):
         del token_padding  # the words are causal and padding comes last
         T, S = token_ids.shape[1], prompt.states.shape[1]
         seen = 0 if cache is None else cache.get_seq_length()  # positions in the cache
-        inputs = self._embed(token_ids, start=max(seen - S, 0))
+        inputs = self.embed(token_ids, start=max(seen - S, 0))
         if not seen:
             inputs = torch.cat([prompt.states, inputs], dim=1)
         total = seen + inputs.shape[1]
@@ -88,13 +89,17 @@ class GitDecoder(Language):
     def new_cache(self) -> Cache:
         return DynamicCache()
 
+    def new_steps(self, prompt: Prompt, num_beams: int, max_words: int) -> GitSteps:
+        return GitSteps(self, prompt, num_beams, max_words)
+
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.output(hidden.float())
+            return F.linear(hidden.float(), self.output.weight.float(), self.output.bias.float())
 
     generate = Language.generate_official  # the only rules this trunk knows
 
-    def _embed(self, token_ids: Tensor, start: int = 0) -> Tensor:
+    def embed(self, token_ids: Tensor, start: int = 0) -> Tensor:
+        """Words int64[R, T] at the positions from `start` on, float[R, T, D]."""
         positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)
         return self.dropout(self.embedding_norm(self.words(token_ids) + self.positions(positions)))
 

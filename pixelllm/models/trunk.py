@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,43 @@ class Generation(NamedTuple):
     padding: Tensor  # bool[R, T], True after EOS
     log_probs: Tensor  # float32[R, T], 0 at BOS and on padding
     hidden: Tensor  # float[R, T, D]
+
+
+class Steps(Protocol):
+    """The model inside a search of `pixelllm.decoding`; it has a cache for one search."""
+
+    def __call__(self, token_ids: Tensor, t: int) -> Tensor:
+        """Logits float[R * beams, V] after position t of int64[R * beams, T]; t = 0, 1, …"""
+
+    def reorder(self, beams: Tensor) -> None:
+        """Go on with these beams of every item, int64[R, beams]."""
+
+
+class CachedSteps:
+    """The steps of any trunk, through its `decode` and `new_cache`."""
+
+    def __init__(self, language: Language, prompt: Prompt, num_beams: int):
+        self.language = language
+        self.prompt = prompt
+        self.num_beams = num_beams
+        self.cache = language.new_cache()
+
+    def __call__(self, token_ids: Tensor, t: int) -> Tensor:
+        last = token_ids[:, t, None]
+        if t:
+            return self._logits(last)
+        logits = self._logits(last[:: self.num_beams])  # all beams begin alike
+        self.cache.batch_repeat_interleave(self.num_beams)
+        self.prompt = self.prompt.repeat(self.num_beams)
+        return logits.repeat_interleave(self.num_beams, dim=0)
+
+    def _logits(self, words: Tensor) -> Tensor:
+        language = self.language
+        return language.logits(language.decode(self.prompt, words, cache=self.cache)[:, -1])
+
+    def reorder(self, beams: Tensor) -> None:
+        first = torch.arange(len(beams), device=beams.device) * self.num_beams
+        self.cache.reorder_cache((first[:, None] + beams).flatten())
 
 
 class Language(nn.Module, ABC):
@@ -101,6 +138,11 @@ class Language(nn.Module, ABC):
     def new_cache(self) -> Cache:
         """An empty key-value cache for `decode`."""
 
+    def new_steps(self, prompt: Prompt, num_beams: int, max_words: int) -> Steps:
+        """What a search of so many beams and at most so many words, BOS included, asks."""
+        del max_words  # these caches grow
+        return CachedSteps(self, prompt, num_beams)
+
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary head, outside autocast: float[..., D] -> float32[..., V]."""
@@ -129,23 +171,20 @@ class Language(nn.Module, ABC):
     def generate_official(
         self, *inputs: Tensor, max_new_tokens: int, num_beams: int = 1
     ) -> Generation:
-        """Decode by the rules of the official release (`pixelllm.decoding`), without a cache.
+        """Decode by the rules of the official release (`pixelllm.decoding`), but with a cache.
 
         `inputs` are prefix, context_ids and context_padding as in `forward`.
         """
         prompt = self.encode(*inputs)
-        beams = prompt.repeat(num_beams)
         R, length = len(prompt.states), max_new_tokens + 2  # the last slot is never filled
         start = torch.full((R, length), self.eos_id, device=prompt.states.device)
         start[:, 0] = self.bos_id
-
-        def next_logits(token_ids: Tensor, t: int) -> Tensor:
-            return self.logits(self.decode(beams, token_ids[:, : t + 1])[:, -1])
-
+        steps = self.new_steps(prompt, num_beams, max_new_tokens)
         if num_beams == 1:
-            token_ids, _ = greedy_search(next_logits, start, self.eos_id)
+            token_ids, _ = greedy_search(steps, start, self.eos_id)
         else:
-            token_ids = beam_search(next_logits, start, self.eos_id, num_beams)[0][:, -1]
+            found, _ = beam_search(steps, start, self.eos_id, num_beams, reorder=steps.reorder)
+            token_ids = found[:, -1]
         return self._finish(prompt, token_ids[:, : length - 1])
 
     def _finish(self, prompt: Prompt, token_ids: Tensor) -> Generation:

@@ -1,0 +1,148 @@
+"""The next words of the official release's text decoder, from keys and values that are kept.
+
+The release recomputes visual tokens, context and all words at every step (reference
+`auto_regressive_decode.py`); here a step reads the words' last position alone. Beams of an item
+share one cache: choosing among them changes which keys each beam may see, and moves no keys.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from pixelllm.models.trunk import Prompt
+
+if TYPE_CHECKING:
+    from pixelllm.models.git import GitDecoder
+
+# Letters beyond those of pixelllm/__init__.py: A beams of an item, H heads, d their width.
+
+# From so many rows on, and for float32 on a CPU, weights in oneDNN's own layout are read 1.2 to
+# 1.6 times as fast as parameters; the copy costs about 10 steps and lives as long as the cache.
+_PACKED_ROWS = 4
+
+
+class _Linear(NamedTuple):
+    """Weights of one product, in the number format that the steps compute in."""
+
+    weight: Tensor
+    bias: Tensor
+    is_packed: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Layer(NamedTuple):
+    """One post-norm layer, with its keys and values of all words so far."""
+
+    keys: Tensor  # float[R, H, S + T * A, d], the prompt's, then those of each step's beams
+    values: Tensor
+    query_key_value: _Linear
+    output: _Linear
+    attention_norm: nn.LayerNorm
+    inner: _Linear
+    outer: _Linear
+    norm: nn.LayerNorm
+
+
+class GitSteps:
+    """Logits of the word after each position; a `NextLogits` of `pixelllm.decoding`.
+
+    Args:
+        decoder: in evaluation mode; later changes of its weights are not seen.
+        prompt: of R items.
+        num_beams: A, hypotheses per item.
+        max_words: T, positions that will be asked for at most, BOS included.
+    """
+
+    def __init__(self, decoder: GitDecoder, prompt: Prompt, num_beams: int, max_words: int):
+        R, S, _ = prompt.states.shape
+        device = prompt.states.device
+        self.decoder, self.num_beams, self.num_keys = decoder, num_beams, S
+        rows, keys = R * num_beams, S + max_words * num_beams
+        seen = DynamicCache()
+        visible = ~prompt.padding[:, None, None]  # (R, 1, 1, S)
+        decoder.encoder(prompt.states, visible, past_key_values=seen)
+        self.layers = [
+            _layer(module, rows, _room(kept.keys, keys), _room(kept.values, keys))
+            for module, kept in zip(decoder.encoder.layer, seen.layers, strict=True)
+        ]
+        with torch.autocast(device.type, enabled=False):
+            self.head = _linear(rows, decoder.output.weight.float(), decoder.output.bias.float())
+        self.hidden_keys = torch.full((R, 1, num_beams, keys), -torch.inf, device=device)
+        self.hidden_keys[..., :S] = torch.where(visible, 0.0, -torch.inf)
+        self.own = torch.full((num_beams, num_beams), -torch.inf, device=device)
+        self.own.fill_diagonal_(0.0)
+
+    def __call__(self, token_ids: Tensor, t: int) -> Tensor:
+        """int64[R * A, T], t -> float32[R * A, V]; every t from 0 on once, in order."""
+        decoder, start = self.decoder, self.num_keys
+        self.num_keys = end = start + self.num_beams
+        self.hidden_keys[..., start:end] = self.own
+        mask = self.hidden_keys[..., :end]
+        hidden = decoder.embed(token_ids[:, t : t + 1], start=t)[:, 0]  # (R * A, D)
+        for layer in self.layers:
+            hidden = self._step(layer, hidden, mask.to(layer.keys.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float())
+
+    def reorder(self, beams: Tensor) -> None:
+        """Every beam goes on from another one of its item, int64[R, A]."""
+        seen = self.hidden_keys[..., : self.num_keys]
+        seen.copy_(seen.gather(2, beams[:, None, :, None].expand_as(seen)))
+
+    def _step(self, layer: _Layer, hidden: Tensor, mask: Tensor) -> Tensor:
+        R, H, _, d = layer.keys.shape
+        projected = layer.query_key_value(hidden).view(R, self.num_beams, 3, H, d)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # (R, H, A, d) each
+        end = self.num_keys
+        keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
+        keys[:, :, end - self.num_beams :] = key
+        values[:, :, end - self.num_beams :] = value
+        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        read = read.transpose(1, 2).reshape(hidden.shape)
+        hidden = layer.attention_norm(hidden + layer.output(read))
+        return layer.norm(hidden + layer.outer(F.gelu(layer.inner(hidden))))
+
+
+def _room(prompt: Tensor, length: int) -> Tensor:
+    """float[R, H, S, d] at the beginning of float[R, H, length, d]."""
+    R, H, S, d = prompt.shape
+    room = prompt.new_empty(R, H, length, d)
+    room[:, :, :S] = prompt
+    return room
+
+
+def _layer(module: nn.Module, rows: int, keys: Tensor, values: Tensor) -> _Layer:
+    attention = module.attention
+    projections = (attention.self.query, attention.self.key, attention.self.value)
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = torch.cat([projection.bias for projection in projections])
+    return _Layer(
+        keys,
+        values,
+        _linear(rows, weight, bias),
+        _linear(rows, attention.output.dense.weight, attention.output.dense.bias),
+        attention.output.LayerNorm,
+        _linear(rows, module.intermediate.dense.weight, module.intermediate.dense.bias),
+        _linear(rows, module.output.dense.weight, module.output.dense.bias),
+        module.output.LayerNorm,
+    )
+
+
+def _linear(rows: int, weight: Tensor, bias: Tensor) -> _Linear:
+    """A product with so many rows, in the number format of `forward`."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind):  # once, where autocast would convert at every step
+        weight, bias = (p.to(torch.get_autocast_dtype(kind)) for p in (weight, bias))
+    is_packed = rows >= _PACKED_ROWS and kind == "cpu" and weight.dtype == torch.float32
+    if is_packed:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return _Linear(weight, bias, is_packed)
