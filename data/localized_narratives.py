@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pixelllm.alignment import rank_pieces, text_pieces
 from pixelllm.records import Phrase, Record
+from pixelllm.shards import unfinished_shards, write_shards
 from pixelllm.tables import write_table
 
 CHUNK = 32  # narratives per task of a process; bounds the memory with PENDING
@@ -192,15 +193,17 @@ def read_lines(files: Iterable[Path], progress: Callable[[int], Any]) -> Iterato
 
 
 def read_records(
-    lines: Iterator[Line], options: Options, num_proc: int, report: dict[str, Any]
+    lines: Iterator[Line],
+    options: Options,
+    num_proc: int,
+    report: dict[str, Any],
+    seen: Counter[str],
 ) -> Iterator[Record]:
     """Records in the order of the lines, the same for any number of processes.
 
-    `report` is filled while they are taken. Phrase ids end in "#n", the running number of the
-    narratives of one image and annotator.
+    `report` is added to while they are taken. Phrase ids end in "#n", the running number of the
+    narratives of one image and annotator; `seen` counts them.
     """
-    report.update(read=0, kept=0, dropped={}, without_trace=0, pieces=0, pieces_with_place=0)
-    seen: Counter[str] = Counter()
     chunks = iter(lambda: list(islice(lines, CHUNK)), [])
     for outcome in chain.from_iterable(
         _ordered_map(partial(_read_chunk, options=options), chunks, num_proc)
@@ -234,11 +237,42 @@ def _ordered_map(function: Callable, items: Iterator, num_proc: int) -> Iterator
             yield from pool.map(function, some)
 
 
-def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -> dict[str, Any]:
+def convert(
+    files: list[Path],
+    options: Options,
+    out: Path,
+    num_proc: int = 1,
+    shard_size: int | None = None,
+) -> dict[str, Any]:
     """Write the table `out` from annotation files; returns its report.
 
-    Raises FileNotFoundError or ValueError on the first bad item; then nothing is written.
+    Args:
+        shard_size: records in each Parquet shard; None writes one Arrow table. What was finished
+            of the shards when a call ended early is kept for the next with the same arguments.
+
+    Raises FileNotFoundError or ValueError on the first bad item; then there is no table.
     """
+    _require(files, options)
+    names = [str(file.resolve()) for file in files]
+    report: dict[str, Any] = {"files": names, "alignment": options.alignment}
+    report.update(read=0, kept=0, dropped={}, without_trace=0, pieces=0, pieces_with_place=0)
+    seen: Counter[str] = Counter()
+    if shard_size is not None:
+        plan = [names, [file.stat().st_size for file in files], repr(options), shard_size]
+        for report, ids in unfinished_shards(out, plan):  # noqa: B007, the last report counts
+            seen.update(name.rpartition("#")[0] for name in ids)
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="narratives") as bar:
+        lines = islice(read_lines(files, bar.update), report["read"], None)
+        records = read_records(lines, options, num_proc, report, seen)
+        if shard_size is None:
+            write_table(records, out, report)
+        else:
+            write_shards(records, out, report, shard_size)
+    return report
+
+
+def _require(files: list[Path], options: Options) -> None:
     if not files:
         raise ValueError("no annotation file given")
     for file in files:
@@ -246,13 +280,6 @@ def convert(files: list[Path], options: Options, out: Path, num_proc: int = 1) -
             raise FileNotFoundError(f"{file}: no such annotation file")
     if not options.images.is_dir():
         raise FileNotFoundError(f"--images {options.images}: no such folder")
-    names = [str(file.resolve()) for file in files]
-    report: dict[str, Any] = {"files": names, "alignment": options.alignment}
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="narratives") as bar:
-        lines = read_lines(files, bar.update)
-        write_table(read_records(lines, options, num_proc, report), out, report)
-    return report
 
 
 def main(
@@ -260,6 +287,7 @@ def main(
     options: Annotated[Options, tyro.conf.arg(name="")],
     out: Path,
     num_proc: int = 1,
+    parquet: int | None = None,
 ) -> None:
     """Turn Localized Narratives into a table of records with a place for every word.
 
@@ -270,9 +298,11 @@ def main(
         annotations: shards, .jsonl or .jsonl.gz.
         out: table to write; a table of that name is replaced when the new one is complete.
         num_proc: processes; the table is the same for any number.
+        parquet: write Parquet shards of so many records, to be streamed (docs/data.md). The same
+            command goes on where it was interrupted.
     """
     try:
-        report = convert(list(annotations), options, out, num_proc)
+        report = convert(list(annotations), options, out, num_proc, parquet)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(json.dumps(report, indent=2))

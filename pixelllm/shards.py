@@ -15,9 +15,10 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pixelllm.files import written_whole
+from pixelllm.files import write_text, written_whole
 from pixelllm.records import FEATURES, Record, to_row
 from pixelllm.tables import ARROW_FILE, REPORT_FILE, Table
 
@@ -101,15 +102,27 @@ def open_table(source: Path | str) -> Table | ShardedTable:
     return Table(source)  # says what is missing
 
 
-def unfinished(path: Path | str) -> Path:
-    """Where the shards of an interrupted `write_shards` wait to be gone on with."""
+def _unfinished(path: Path | str) -> Path:
     return Path(path).with_name(Path(path).name + ".unfinished")
 
 
-def written_report(path: Path | str) -> dict[str, Any] | None:
-    """The report at the end of the last whole shard of an interrupted `write_shards`."""
-    shards = sorted(unfinished(path).glob("*.parquet"))
-    return json.loads(pq.read_metadata(shards[-1]).metadata[b"report"]) if shards else None
+def unfinished_shards(path: Path | str, plan: object) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """What an interrupted `write_shards` to `path` left: reports, and ids of the phrases, by shard.
+
+    Args:
+        plan: JSON of all that decides the records. Shards of another plan are removed.
+    """
+    folder = _unfinished(path)
+    file = folder / "plan.json"
+    if folder.exists() and not (file.exists() and json.loads(file.read_text()) == plan):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(plan))
+    for shard in sorted(folder.glob("*.parquet")):
+        with pq.ParquetFile(shard) as opened:
+            report = json.loads(opened.metadata.metadata[b"report"])
+            ids = opened.read(columns=["phrases.list.element.id"]).column("phrases")
+            yield report, pc.struct_field(pc.list_flatten(ids), "id").to_pylist()
 
 
 def write_shards(
@@ -117,16 +130,14 @@ def write_shards(
 ) -> None:
     """Write records to the folder `path` in shards of `shard_size`, then the report.
 
-    The folder appears under its name when it is complete. What an interrupted or failed call
-    wrote is kept: the next one with as many records a shard adds its records to it, so they
-    must be those after `written_report`. Memory holds one row group. Raises ValueError on no
-    record at all, FileExistsError where `path` is not a table.
+    The folder appears under its name when it is complete. Until then whole shards wait beside it
+    and are added to, so records must be those after `unfinished_shards`. Memory holds one row
+    group. Raises ValueError on no record at all, FileExistsError where `path` is not a table.
     """
     path = Path(path)
     if path.exists() and not (path / REPORT_FILE).exists():
         raise FileExistsError(f"{path} exists and is not a table of records; choose another name")
-    folder = unfinished(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _unfinished(path)
     number = len(list(folder.glob("*.parquet")))
     records = iter(records)
     while first := list(islice(records, 1)):
@@ -134,9 +145,9 @@ def write_shards(
             _write_shard(chain(first, islice(records, shard_size - 1)), beside, report)
         number += 1
     if number == 0:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise ValueError(f"{path}: no record to write; report: {json.dumps(report)}")
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     if path.exists():
         shutil.rmtree(path)
     folder.rename(path)
