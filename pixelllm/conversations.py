@@ -1,0 +1,92 @@
+"""Records as conversations: questions and answers with marks, and an object for every `<vis>`.
+
+Reference of PerceptionGPT, sections 1.5 and 5.2. A phrase is one round: its context, a template
+already filled in (`pixelllm.templates`), is what the user says, and its task decides the answer.
+Several phrases of an image are the rounds of one conversation, which shows the image once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from pixelllm.batches import Prompted
+from pixelllm.marked_text import VIS, mark_caption
+from pixelllm.records import Box, Phrase
+from pixelllm.templates import ANSWER, IMAGE
+
+
+class Referent(NamedTuple):
+    """The object of one `<vis>`.
+
+    Args:
+        box: xyxy in [0, 1] of the original image.
+        mask: COCO run-length encoding at the original size, where it is known.
+    """
+
+    box: Box
+    mask: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is said about one image.
+
+    Args:
+        id: of the phrases, in errors and predictions.
+        size: (H, W) of the original image.
+        rounds: (user's text, assistant's text); one `<image>` in all of the user's texts. The
+            last answer may be "": the model is to write it.
+        objects: one for every `<vis>`, in reading order.
+    """
+
+    id: str
+    size: tuple[int, int]
+    rounds: tuple[tuple[str, str], ...]
+    objects: tuple[Referent, ...]
+
+    def unanswered(self) -> Conversation:
+        """The same without the last answer and its objects."""
+        question, answer = self.rounds[-1]
+        kept = len(self.objects) - answer.count(VIS)
+        rounds = (*self.rounds[:-1], (question, ""))
+        return replace(self, rounds=rounds, objects=self.objects[:kept])
+
+
+def converse(item: Prompted) -> Conversation:
+    """The conversation about the chosen phrases of a record.
+
+    Raises ValueError naming the phrase where a question or an answer needs a box it lacks.
+    """
+    rounds, objects = [], []
+    for phrase, question in zip(item.phrases, item.contexts, strict=True):
+        if rounds:
+            question = question.replace(IMAGE, "").strip()
+        answer, answered = _answer(phrase)
+        objects += _asked_about(phrase, question) + answered
+        rounds.append((question, answer))
+    names = "+".join(phrase.id for phrase in item.phrases)
+    return Conversation(names, item.record.size, tuple(rounds), tuple(objects))
+
+
+def _asked_about(phrase: Phrase, question: str) -> list[Referent]:
+    if VIS not in question:
+        return []
+    if phrase.prompt_box is None:
+        raise ValueError(f"{phrase.id}: {question!r} asks about a box, but the phrase has none")
+    return [Referent(phrase.prompt_box, phrase.mask)]
+
+
+def _answer(phrase: Phrase) -> tuple[str, list[Referent]]:
+    """What the assistant says, with the objects in it."""
+    if phrase.task == "referring":
+        if phrase.target_box is None:
+            raise ValueError(f"{phrase.id}: a referring phrase has no target_box to answer with")
+        return ANSWER, [Referent(phrase.target_box, phrase.mask)]
+    if phrase.task == "grounded":
+        try:
+            marked, boxes = mark_caption(phrase.caption, phrase.pieces)
+        except ValueError as error:
+            raise ValueError(f"{phrase.id}: {error}") from error
+        return marked, [Referent(box) for box in boxes]
+    return phrase.caption, []

@@ -1,0 +1,113 @@
+"""Conversations: what is asked and answered about records of every task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pixelllm import templates
+from pixelllm.batches import Prompted, fill
+from pixelllm.conversations import Referent, converse
+from pixelllm.marked_text import VIS, parse_marked
+from pixelllm.records import Phrase, Piece, Record
+
+BOX, MASK = (0.1, 0.2, 0.3, 0.4), {"size": [4, 6], "counts": "0"}
+REFERRING = Phrase("referring/1", "referring", "the car", "the car", target_box=BOX, mask=MASK)
+REGION = Phrase("region/2", "region", "a red car", prompt_box=BOX, target_box=BOX, mask=MASK)
+GROUNDED = Phrase("grounded/3", "grounded", "A car.", pieces=(Piece(0, 5, None, BOX),))
+CAPTION = Phrase("caption/4", "caption", "A car on sand.")
+QUESTION = Phrase("question/5", "question", "red", "What color is it?")
+BY_TASK = [
+    (REFERRING, (*templates.LOCATE, *templates.SEGMENT)),
+    (REGION, templates.DESCRIBE),
+    (GROUNDED, templates.GROUND),
+    (CAPTION, (*templates.CAPTION, *templates.NARRATE)),
+    (QUESTION, (*templates.SHORT_ANSWER, *templates.CONVERSE)),
+]
+
+
+def prompted(*pairs: tuple[Phrase, str]) -> Prompted:
+    phrases = tuple(phrase for phrase, _ in pairs)
+    record = Record("train/1", (4, 6), phrases, path="1.jpg")
+    return Prompted(record, phrases, tuple(fill(text, phrase) for phrase, text in pairs))
+
+
+@pytest.mark.parametrize(("phrase", "wordings"), BY_TASK)
+def test_every_wording_shows_one_image_and_has_an_object_for_every_vis(phrase, wordings):
+    for template in wordings:
+        talk = converse(prompted((phrase, template)))
+        ((question, answer),) = talk.rounds
+        assert question.count("<image>") == 1 and phrase.context in question
+        assert "{" not in question and answer and talk.size == (4, 6)
+        assert (question + answer).count(VIS) == len(talk.objects)
+        parse_marked(question, question.count(VIS))
+        assert talk.id == phrase.id
+
+
+def test_wordings_are_several_and_none_twice():
+    for _, wordings in BY_TASK:
+        assert len(set(wordings)) == len(wordings) >= 6
+
+
+def test_referring_is_answered_with_box_and_mask():
+    talk = converse(prompted((REFERRING, templates.LOCATE[0])))
+    assert talk.rounds == (
+        (
+            "<image> Where is<obj_text_s> the car<obj_text_e>?",
+            "Answer:<obj_vis_s><vis><obj_vis_e>.",
+        ),
+    )
+    assert talk.objects == (Referent(BOX, MASK),)
+
+
+def test_a_region_is_asked_about_by_its_object():
+    talk = converse(prompted((REGION, templates.DESCRIBE[0])))
+    assert talk.rounds == (("<image> Describe<obj_vis_s><vis><obj_vis_e>.", "a red car"),)
+    assert talk.objects == (Referent(BOX, MASK),)
+
+
+def test_a_grounded_caption_marks_its_phrases():
+    talk = converse(prompted((GROUNDED, templates.GROUND[0])))
+    assert talk.rounds[0][1] == "<obj_text_s>A car<obj_text_e><obj_vis_s><vis><obj_vis_e>."
+    assert talk.objects == (Referent(BOX),)
+
+
+def test_several_phrases_are_rounds_that_show_the_image_once():
+    other = replace(GROUNDED, pieces=(Piece(0, 5, None, (0.5, 0.5, 1.0, 1.0)),))
+    talk = converse(
+        prompted(
+            (QUESTION, templates.CONVERSE[1]),
+            (REGION, templates.DESCRIBE[1]),
+            (other, templates.GROUND[0]),
+        )
+    )
+    questions = [question for question, _ in talk.rounds]
+    assert questions[0] == "What color is it? <image>"
+    assert questions[1:] == [
+        "What is<obj_vis_s><vis><obj_vis_e>?",
+        templates.GROUND[0].removeprefix("<image> "),
+    ]
+    assert [r.box for r in talk.objects] == [BOX, (0.5, 0.5, 1.0, 1.0)]
+    assert talk.id == "question/5+region/2+grounded/3"
+
+
+def test_without_its_last_answer_a_conversation_keeps_what_was_said_before():
+    pairs = ((REFERRING, templates.LOCATE[0]), (REGION, "at<vis>?"), (GROUNDED, "Caption."))
+    talk = converse(prompted(*pairs))
+    asked = talk.unanswered()
+    assert asked.rounds[:2] == talk.rounds[:2] and asked.rounds[2] == ("Caption.", "")
+    assert len(talk.objects) == 3 and asked.objects == talk.objects[:2]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "template", "message"),
+    [
+        (CAPTION, templates.DESCRIBE[0], "caption/4: .*asks about a box, but the phrase has none"),
+        (replace(REFERRING, target_box=None), "Where?", "referring/1: .*no target_box"),
+        (replace(GROUNDED, pieces=(Piece(9, 12, None, BOX),)), "Caption.", "grounded/3: .*outside"),
+    ],
+)
+def test_a_missing_box_is_named(phrase: Phrase, template: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        converse(prompted((phrase, template)))
