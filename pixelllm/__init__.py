@@ -8,9 +8,13 @@ Points are (x, y), boxes are xyxy, both in [0, 1] of the original image; sizes a
 A name ending in `_px` departs from that. Masks named `padding` are True on padding.
 """
 
+import logging
 from typing import Any
 
 __all__ = ["PixelLLM", "Processor"]
+
+# Where torchao is installed, transformers imports it, and torch then warns of its way with enums.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,15 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from pixelllm.files import write_text, written_whole
-from pixelllm.weights import read_weights, require_fit
+from pixelllm.weights import require_fit
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+READ_AT_ONCE = 32  # tensors of a weight file
 
 T = TypeVar("T")
 
@@ -115,15 +118,38 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(
-    model: nn.Module, name_or_path: Path | str, leave_out: Callable[[str], bool] = lambda _: False
+    model: nn.Module,
+    name_or_path: Path | str,
+    leave_out: Callable[[str], bool] = lambda _: False,
+    loaded: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Read what `save_weights` wrote. Raises ValueError listing every key that does not fit."""
+    """Read what `save_weights` wrote, in the model's dtypes and without a second copy of it.
+
+    Args:
+        leave_out: true of the names that the file does not have.
+        loaded: called with every name as soon as its tensor is in the model.
+
+    Raises ValueError listing every key that does not fit.
+    """
     file = find_file(name_or_path, WEIGHTS_FILE)
-    stored = read_weights(file)
     expected = {n: t for n, t in own_tensors(model).items() if not leave_out(n)}
-    require_fit(stored, expected, str(file))
-    for name, tensor in expected.items():
-        tensor.data.copy_(stored[name])
+    require_fit(stored_shapes(file), expected, str(file))
+    names = list(expected)
+    for start in range(0, len(names), READ_AT_ONCE):
+        with safe_open(file, "pt") as stored:  # opened anew, so that pages read before are freed
+            for name in names[start : start + READ_AT_ONCE]:
+                expected.pop(name).data.copy_(stored.get_tensor(name))
+                loaded(name)
+
+
+def stored_shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values. Raises ValueError naming it."""
+    try:
+        with safe_open(file, "pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable file of weights alone: {error}") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

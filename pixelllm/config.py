@@ -42,6 +42,8 @@ class Eva02Config:
     interpolate_rope: bool = False  # the official model counts patches, whatever the image size
     conv_stem: bool = False
     weights: str | None = None  # a timm name with published weights
+    # Hold the encoder in bfloat16, where it no longer learns. Its weights name caches, not this.
+    bfloat16: bool = field(default=False, repr=False)
     half_features: bool = False
 
 
@@ -70,6 +72,7 @@ class LanguageConfig:
     tokenizer: str | None = None  # Hub id, for random weights; None trains one on the captions
     lora_rank: int = 32  # 0 trains the whole trunk
     lora_alpha: int = 64  # the update is scaled by alpha / rank
+    bfloat16: bool = False  # hold the trunk of `transformers` in bfloat16, LoRA in float32
     width: int = 2048
     num_encoder_layers: int = 24  # of a T5
     num_decoder_layers: int = 24
@@ -180,6 +183,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 0.0  # largest gradient norm; 0 does not clip
     bfloat16: bool = False
+    recompute: bool = False  # activations of EVA02 and the trunk in the backward pass, not kept
     frozen: tuple[str, ...] = ("sam", "prompt_encoder")  # parameter name prefixes
     lr_scales: dict[str, float] = field(default_factory=dict)  # by parameter name prefix
     seed: int = 0

@@ -29,6 +29,7 @@ from pixelllm.generation import (
     rank,
     stream_words,
 )
+from pixelllm.loading import WithoutInitialValues, held_in, is_referenced
 from pixelllm.locating import (
     Location,
     locate_boxes,
@@ -46,6 +47,7 @@ from pixelllm.models.build import (
 )
 from pixelllm.models.pixelllm import ImageFeatures, PixelLLMNetwork, Text
 from pixelllm.processor import Processor, ProcessorConfig
+from pixelllm.quantize import quantize_trunk, quantize_when_loaded, require_unquantized
 from pixelllm.weights import load_sam_checkpoint
 
 PUBLISHED = ("language", "sam", "eva02")  # parts whose weights a config can name
@@ -60,6 +62,7 @@ class PixelLLM(PixelLLMNetwork):
         tokenizer: of the trunk; only generation and saving use it.
         published: of `PUBLISHED`, the parts that start from the weights that the config names.
         trunk: structure of a trunk with random weights; None takes the sizes of the config.
+        int8: hold a published trunk in 8 bits.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PixelLLM(PixelLLMNetwork):
         tokenizer: PreTrainedTokenizerFast,
         published: Collection[str] = (),
         trunk: PretrainedConfig | None = None,
+        int8: bool = False,
     ) -> None:
         language = build_language(
             config.model.language,
@@ -76,6 +80,8 @@ class PixelLLM(PixelLLMNetwork):
             "language" in published,
             trunk,
         )
+        if int8 and "language" in published:  # before the encoders take their memory
+            quantize_trunk(language)
         super().__init__(**build_parts(config.model, language, published))
         self.config = config
         self.tokenizer = tokenizer
@@ -97,23 +103,42 @@ class PixelLLM(PixelLLMNetwork):
         self.to(device)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Path | str) -> PixelLLM:
+    def from_pretrained(
+        cls, name_or_path: Path | str, dtype: torch.dtype | None = None, int8: bool = False
+    ) -> PixelLLM:
         """A saved model in evaluation mode, from a run's folder or a Hub id.
+
+        Args:
+            dtype: bfloat16 holds the image encoders and a trunk of `transformers` in it, None as
+                the run says; the rest, where coordinates are computed, is float32 either way.
+            int8: hold the trunk's linear layers in 8 bits (`pixelllm.quantize`).
 
         Raises FileNotFoundError where there is none and ValueError listing keys that do not fit.
         """
         config = load_config(Config, name_or_path)
+        if dtype is not None:
+            config = held_in(config, dtype)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
         published = [part for part in PUBLISHED if is_referenced(part, config)]
         trunk = None
         if config.model.language.trunk is not None and "language" not in published:
             trunk = AutoConfig.from_pretrained(name_or_path, subfolder=TRUNK_FOLDER)
-        model = cls(config, tokenizer, published, trunk)
-        load_weights(model, name_or_path, lambda name: is_referenced(name, config))
+        with WithoutInitialValues():
+            model = cls(config, tokenizer, published, trunk, int8)
+        load_weights(
+            model,
+            name_or_path,
+            lambda name: is_referenced(name, config),
+            quantize_when_loaded(model.language, "language.") if int8 else lambda name: None,
+        )
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config, weights, tokenizer, processor and model card into a folder."""
+        """Write config, weights, tokenizer, processor and model card into a folder.
+
+        Raises ValueError for a model held in 8 bits, which no training could go on from.
+        """
+        require_unquantized(self.language)
         folder = Path(folder)
         save_config(self.config, folder)
         self.processor().save_pretrained(folder)
@@ -373,27 +398,3 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     """Captions begin with padding, as T5's do, where the tokenizer has no begin token."""
     begin = tokenizer.pad_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
     return SpecialIds(tokenizer.pad_token_id, begin, tokenizer.eos_token_id)
-
-
-def is_referenced(name: str, config: Config) -> bool:
-    """Whether a saved model names the source of this tensor instead of carrying it.
-
-    These are the frozen weights that are published: the trunk under its LoRA factors, SAM, EVA02.
-    """
-    part = ".".join(name.split(".")[: 2 if name.startswith("mask_head.") else 1])
-    model, frozen = config.model, config.train.frozen
-    if config.include_frozen:
-        return False
-    if part == "language":
-        return (
-            model.language.trunk is not None
-            and model.language.lora_rank > 0
-            and "lora_" not in name
-        )
-    sources = {
-        "sam": model.sam.weights,
-        "prompt_encoder": model.sam.weights,
-        "mask_head.decoder": model.sam.weights,
-        "eva02": model.eva02.weights,
-    }
-    return part in frozen and sources.get(part) is not None

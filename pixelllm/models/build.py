@@ -126,7 +126,7 @@ def build_sam_branch(config: SamConfig, frame: int) -> ImageBranch:
     mean, std = sam_module.PIXEL_MEAN, sam_module.PIXEL_STD
     encoder = build_sam_encoder(config)
     if config.bfloat16:
-        encoder.to(torch.bfloat16)
+        hold_in_bfloat16(encoder)
     return ImageBranch(encoder, mean, std, frame, config.half_features)
 
 
@@ -170,6 +170,8 @@ def _timm_eva02(config: Eva02Config, pretrained: bool) -> Eva02Encoder:
 def build_eva02_branch(config: Eva02Config, frame: int, pretrained: bool = False) -> ImageBranch:
     mean, std = eva02_module.PIXEL_MEAN, eva02_module.PIXEL_STD
     encoder = build_eva02_encoder(config, pretrained)
+    if config.bfloat16:
+        hold_in_bfloat16(encoder)
     return ImageBranch(encoder, mean, std, frame, config.half_features)
 
 
@@ -204,7 +206,8 @@ def build_language(
         structure: of a trunk with random weights; None takes the sizes of `config`.
     """
     if pretrained and config.trunk is not None:
-        language = load_trunk(config.trunk)
+        dtype = torch.bfloat16 if config.bfloat16 else torch.float32
+        language = load_trunk(config.trunk, dtype)
     elif structure is not None:
         language = build_trunk(structure)
     elif config.architecture == "git":
@@ -224,10 +227,23 @@ def build_language(
             ff=config.ff_width,
             dropout=config.dropout,
         )
+    if config.bfloat16 and not isinstance(language, GitDecoder):
+        hold_in_bfloat16(language.model)
     if config.lora_rank:
         targets = LORA_TARGETS.get(language.model.config.model_type, ("q_proj", "v_proj"))
         add_lora(language, config.lora_rank, config.lora_alpha, targets)
+        for name, parameter in language.named_parameters():
+            if "lora_" in name:  # it learns, so it is float32 beside any trunk
+                parameter.data = parameter.data.float()
     return language
+
+
+def hold_in_bfloat16(module: nn.Module) -> None:
+    """Cast the parameters but those of batch norms; buffers are frequencies and statistics."""
+    for part in module.modules():
+        if not isinstance(part, nn.BatchNorm2d):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16()
 
 
 def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:

@@ -28,6 +28,7 @@ from pixelllm.training.naming import load_eva02_run
 from pixelllm.training.objectives import weighted_losses
 from pixelllm.training.optimizer import freeze
 from pixelllm.training.promptable import check_same, load_sam_run
+from pixelllm.training.recompute import recompute_blocks
 from pixelllm.weights import pretrained_source
 
 BASELINE_FILE = "training_captions.json"
@@ -51,6 +52,8 @@ def build_stage(
         config = replace(config, model=replace(config.model, language=language))
     model = build_model(config, tokenizer).to(device)
     freeze(model, config.train.frozen)
+    if config.train.recompute:
+        recompute_blocks(model)
     cache, with_images = None, True
     if cache_folder is not None:
         branches = {"sam": model.sam, "eva02": model.eva02}

@@ -1,0 +1,68 @@
+"""A language trunk with its weights in 8 bits, through torchao, for generation.
+
+Ours: the paper's Flan-T5-XL has 5.3 GiB of bfloat16 weights and half of that in 8 bits. Only the
+linear layers of the trunk are quantised, weights alone, with a scale per output; its embeddings and
+vocabulary head, LoRA and everything that computes coordinates stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+VOCABULARY_HEADS = ("model.lm_head", "output")
+
+
+def quantize_trunk(language: nn.Module) -> None:
+    """Hold the linear layers of a trunk in 8 bits, in place; they can learn no more.
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    quantize = weight_quantizer()
+    for name in trunk_linears(language):
+        quantize(language.get_submodule(name))
+
+
+def quantize_when_loaded(language: nn.Module, prefix: str) -> Callable[[str], None]:
+    """`quantize_trunk` layer by layer, so that the trunk is never held in both precisions.
+
+    Returns:
+        To be called with `prefix` and the name of every parameter as soon as it has its value.
+    """
+    quantize = weight_quantizer()
+    waiting = {f"{prefix}{name}.weight": name for name in trunk_linears(language)}
+
+    def loaded(parameter: str) -> None:
+        if parameter in waiting:
+            quantize(language.get_submodule(waiting[parameter]))
+
+    return loaded
+
+
+def trunk_linears(language: nn.Module) -> list[str]:
+    """Names of the linear layers that `quantize_trunk` changes."""
+    return [
+        name
+        for name, module in language.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and name not in VOCABULARY_HEADS
+    ]
+
+
+def require_unquantized(language: nn.Module) -> None:
+    """Raise ValueError for a trunk whose weights are in 8 bits."""
+    for name in trunk_linears(language):
+        # Quantised weights are plain tensors to their type, but for the class of their values.
+        if type(language.get_submodule(name).weight.data) is not Tensor:
+            raise ValueError(f"{name} is held in 8 bits; load the model without int8 to save it")
+
+
+def weight_quantizer() -> Callable[[nn.Linear], None]:
+    """What quantises one layer. Raises ValueError where torchao is not installed."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("int8 needs another package: pip install 'pixelllm[int8]'") from error
+    config = Int8WeightOnlyConfig(version=2)
+    return lambda layer: quantize_(layer, config)
