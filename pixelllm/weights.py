@@ -94,7 +94,7 @@ def pretrained_source(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: expected a GGUF file, or the folder that this one lies in")
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{path}: GGUF files need another package: pip install 'pixelllm[gguf]'")
+        raise ValueError(f"{path}: GGUF needs one more package: pip install 'pixelllm[gguf]'")
     return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import flax_language
-import flax_weights
 import torch
 from conftest import GoldenCase
+from flax_detector import detector
 from torch import nn
 
+from pixelllm.models.detector import Detector
 from pixelllm.models.eva02 import eva02
+from pixelllm.models.masks import MaskAdapter, MaskHead
 from pixelllm.models.pixelllm import ImageBranch, PixelLLMNetwork, Text
 from pixelllm.models.points import PointHead
 from pixelllm.models.prompt import PromptFeatureExtractor
-from pixelllm.models.sam import PromptEncoder, SamEncoder
+from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder
+from pixelllm.scenic import Tree, copy_state, model_state
 
 
 def official_model(case: GoldenCase) -> PixelLLMNetwork:
@@ -29,7 +32,6 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
         num_heads=eva_args["num_heads"],
         final_norm=eva_args["use_ln_post"],
     )
-    eva.load_state_dict(flax_weights.eva02_encoder(flax_weights.part(weights, "git_backbone")))
     windowed = set(sam_args["window_block_indexes"])
     sam = SamEncoder(
         image_size=sam_args["img_size"],
@@ -41,13 +43,10 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
         window_size=sam_args["window_size"],
         global_blocks=[i for i in range(sam_args["depth"]) if i not in windowed],
     )
-    sam.load_state_dict(flax_weights.sam_encoder(flax_weights.part(weights, "sam_backbone")))
     p = h["prompt_encoder_args"]
     prompts = PromptEncoder(
         p["embed_dim"], tuple(p["image_embedding_size"]), tuple(p["input_image_size"])
     )
-    tree = flax_weights.part(weights, "prompt_encoder")
-    prompts.load_state_dict(flax_weights.prompt_encoder(tree, prompts.state_dict()))
     a = h["prompt_adapter_args"]
     extractor = PromptFeatureExtractor(
         in_channels=eva_args["embed_dim"] + sam_args["out_chans"],
@@ -58,14 +57,12 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
         output_width=a["output_dim"],
         mlp_width=case.hparams["two_way_transformer_mlp_dim"],
     )
-    tree = flax_weights.part(weights, "prompt_adapter")
-    extractor.load_state_dict(flax_weights.prompt_extractor(tree))
     names = {"begin_token_id", "end_token_id"}
     decoder = {**h["text_decoder_args"], **{n: h[n] for n in names}}
-    language = flax_language.git_decoder(flax_weights.part(weights, "textual"), decoder)
+    language = flax_language.git_decoder(part(weights, "textual"), decoder)
     names = [f"{name}_pixel_{kind}" for name in ("git", "sam") for kind in ("mean", "std")]
     means = [case.hparams[name] for name in names]
-    return PixelLLMNetwork(
+    model = PixelLLMNetwork(
         eva02=ImageBranch(eva, means[0], means[1], eva_size),
         sam=ImageBranch(sam, means[2], means[3], sam_size),
         prompt_encoder=prompts,
@@ -78,16 +75,25 @@ def official_model(case: GoldenCase) -> PixelLLMNetwork:
             (eva_size // eva_args["patch_size"], eva_size),
             (sam_size // sam_args["patch_size"], sam_size),
         )[1],
-    ).eval()
+        mask_head=mask_head(case, language.width),
+        detector=box_decoder(case),
+    )
+    copy_state(model, model_state(weights), case.name)
+    return model.eval()
+
+
+def part(weights: Tree, name: str) -> Tree:
+    """The weights below one module of the tree."""
+    below = f"{name}/"
+    return {k.removeprefix(below): value for k, value in weights.items() if k.startswith(below)}
 
 
 def point_head(case: GoldenCase, width: int) -> nn.Module:
     """Nothing where the case predicts no points."""
     q = case.hparams["model"]["point_predictor_args"]
-    weights = flax_weights.part(case.weights(), "point_predictor")
-    if not weights:
+    if not part(case.weights(), "point_predictor"):
         return nn.Identity()
-    head = PointHead(
+    return PointHead(
         width,
         q["hidden_dim"],
         q["depth"],
@@ -95,8 +101,27 @@ def point_head(case: GoldenCase, width: int) -> nn.Module:
         pre_norm=q["pre_norm"],
         activation={"gelu": nn.GELU, "relu": nn.ReLU}[q["mlp_activation"]],
     )
-    head.load_state_dict(flax_language.point_head_state(weights))
-    return head
+
+
+def mask_head(case: GoldenCase, hidden_width: int) -> MaskHead | None:
+    h = case.hparams["model"]
+    if not part(case.weights(), "mask_adapter"):
+        return None
+    a, t = h["mask_adapter_args"], case.hparams["mask_decoder_transformer"]
+    adapter = MaskAdapter(
+        h["prompt_adapter_args"]["output_dim"],
+        hidden_width,
+        a["transformer_dim"],
+        a["depth"],
+        mlp_width=case.hparams["two_way_transformer_mlp_dim"],
+        gated=a["gating"],
+    )
+    return MaskHead(adapter, MaskDecoder(t["embedding_dim"], t["depth"], mlp_width=t["mlp_dim"]))
+
+
+def box_decoder(case: GoldenCase) -> Detector | None:
+    weights, frame = part(case.weights(), "box_decoder"), case.arrays["in.images"].shape[1]
+    return detector(weights, case.hparams["model"]["box_decoder_args"], frame) if weights else None
 
 
 class Inputs:
@@ -118,20 +143,3 @@ class Inputs:
         """Points of R rows in pixels, with the axes of the official output."""
         B = len(self.sizes)
         return points.unflatten(0, (B, -1)) * self.scale[:, None, None, None, :2]
-
-
-def mask_adapter_state(weights: flax_weights.Weights) -> flax_weights.StateDict:
-    names = (
-        ("output_tokens.weight", "output_tokens"),
-        ("alpha_output.weight", "alpha"),
-        ("visual_projection_mlp.", "prefix_projection."),
-        ("textual_projection_mlp.", "hidden_projection."),
-        ("projection.LayerNorm_0", "projection.0"),
-        ("projection.layers.0", "projection.1"),
-    )
-    state = {}
-    for key, value in flax_weights.plain(weights).items():
-        for flax, torch_name in names:
-            key = key.replace(flax, torch_name)
-        state[key] = value
-    return state

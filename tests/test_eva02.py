@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import flax_weights
 import pytest
 import timm
 import torch
@@ -13,6 +12,7 @@ from torch.testing import assert_close
 
 from pixelllm.models.eva02 import Eva02Encoder, eva02, eva02_from_timm
 from pixelllm.models.stem import ConvStem
+from pixelllm.scenic import part_state
 
 
 def encoder_of(case: GoldenCase) -> Eva02Encoder:
@@ -26,7 +26,7 @@ def encoder_of(case: GoldenCase) -> Eva02Encoder:
         drop_path=h["drop_path_rate"],
         final_norm=h["use_ln_post"],
     )
-    encoder.load_state_dict(flax_weights.eva02_encoder(case.weights()))
+    encoder.vit.load_state_dict(part_state("git_backbone", case.weights()))
     return encoder.eval()
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import GoldenCase, golden_names, load_golden
-from official_model import mask_adapter_state
 from segment_anything.modeling import TwoWayTransformer
 from torch.testing import assert_close
 
 from pixelllm.models.masks import MaskAdapter, MaskHead, two_way
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
+from pixelllm.scenic import part_state
 
 B, K, N, T = 2, 3, 4, 5
 
@@ -27,7 +27,7 @@ def adapter_of(case: GoldenCase) -> MaskAdapter:
         gated=h["gating"],
         projected=h["input_projection"],
     )
-    adapter.load_state_dict(mask_adapter_state(case.weights()))
+    adapter.load_state_dict(part_state("mask_adapter", case.weights()))
     return adapter
 
 

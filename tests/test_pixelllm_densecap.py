@@ -6,11 +6,9 @@ sampled proposals, prompt the language model.
 
 from __future__ import annotations
 
-import flax_weights
 import pytest
 import torch
 from conftest import golden_names, load_golden
-from flax_detector import detector
 from official_model import Inputs, official_model
 from torch import Tensor
 
@@ -36,8 +34,6 @@ class DenseCase:
         self.inputs = Inputs(self.case)
         frame = self.inputs.images.shape[-1]
         self.frames = torch.full_like(self.inputs.sizes, frame)
-        weights = flax_weights.part(self.case.weights(), "box_decoder")
-        self.model.detector = detector(weights, self.h["box_decoder_args"], frame)
         self.features = self.model.encode(self.inputs.images, self.inputs.sizes, {})
         only_sam = self.h["box_decoder_feature_key"] == "sam_visual_features"
         self.detected_on = self.features.sam if only_sam else self.features.fused

@@ -5,32 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import GoldenCase, golden_names, load_golden
-from flax_weights import mask_decoder, part
-from official_model import Inputs, mask_adapter_state, official_model
+from official_model import Inputs, official_model
 from torch.testing import assert_close
 
 from pixelllm.boxes import points_to_boxes
 from pixelllm.losses import mask_loss, point_loss, text_loss, token_mask
-from pixelllm.models.masks import MaskAdapter, MaskHead
 from pixelllm.models.pixelllm import Prediction
-from pixelllm.models.sam import MaskDecoder
-
-
-def official_mask_head(case: GoldenCase, hidden_width: int) -> MaskHead:
-    h = case.hparams["model"]
-    a, t = h["mask_adapter_args"], case.hparams["mask_decoder_transformer"]
-    adapter = MaskAdapter(
-        h["prompt_adapter_args"]["output_dim"],
-        hidden_width,
-        a["transformer_dim"],
-        a["depth"],
-        mlp_width=case.hparams["two_way_transformer_mlp_dim"],
-        gated=a["gating"],
-    )
-    adapter.load_state_dict(mask_adapter_state(part(case.weights(), "mask_adapter")))
-    decoder = MaskDecoder(t["embedding_dim"], t["depth"], mlp_width=t["mlp_dim"])
-    decoder.load_state_dict(mask_decoder(part(case.weights(), "mask_decoder")))
-    return MaskHead(adapter, decoder)
 
 
 class Answer:
@@ -40,7 +20,6 @@ class Answer:
         self.case, self.inputs = case, Inputs(case)
         h = case.hparams["model"]
         model = official_model(case)
-        model.mask_head = official_mask_head(case, model.language.width).eval()
         sizes, text = self.inputs.sizes, self.inputs.text
         with torch.no_grad():
             features = model.encode(self.inputs.images, sizes, {})

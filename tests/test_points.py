@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import golden_names, load_golden
-from flax_language import point_head_state
 from torch import nn
 
 from pixelllm.models.points import PointHead
+from pixelllm.scenic import part_state
 
 
 @pytest.mark.parametrize("name", golden_names("point_predictor"))
@@ -24,7 +24,7 @@ def test_golden_point_predictor(name):
         pre_norm=case.hparams["pre_norm"],
         activation={"gelu": nn.GELU, "relu": nn.ReLU}[case.hparams["mlp_activation"]],
     )
-    head.load_state_dict(point_head_state(case.weights()))
+    head.load_state_dict(part_state("point_predictor", case.weights()))
     points = head(hidden)
     torch.testing.assert_close(points, case.tensor("out.point_coords"), **case.tolerance)
     logits = head.outputs(hidden)[..., 2:]

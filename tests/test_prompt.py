@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import flax_weights
 import pytest
 import torch
 from conftest import golden_names, load_golden
@@ -10,6 +9,7 @@ from torch.testing import assert_close
 
 from pixelllm.models.prompt import PromptFeatureExtractor, fuse_features, init_from_sam
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
+from pixelllm.scenic import part_state
 
 WIDTH = 16
 
@@ -42,7 +42,7 @@ def test_golden_prompt_adapter(name: str):
         h["num_heads"],
         h["mlp_dim"],
     )
-    extractor.load_state_dict(flax_weights.prompt_extractor(case.weights()))
+    extractor.load_state_dict(part_state("prompt_adapter", case.weights()))
     dense = case.tensor("in.dense_prompt_embeddings")
     outputs = extractor(
         case.tensor("in.image_embeddings").movedim(-1, 1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import flax_weights
 import pytest
 import segment_anything.modeling as official
 import torch
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 
 from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder
 from pixelllm.models.stem import ConvStem
+from pixelllm.scenic import part_state
 
 SIZES = dict(
     image_size=64, patch_size=8, width=24, depth=3, num_heads=2, out_channels=16, window_size=3,
@@ -64,7 +64,7 @@ def encoder_of(case: GoldenCase) -> SamEncoder:
         [index for index in range(h["depth"]) if index not in windowed],
         h["mlp_ratio"],
     )
-    encoder.load_state_dict(flax_weights.sam_encoder(case.weights()))
+    encoder.load_state_dict(part_state("sam_backbone", case.weights()))
     return encoder.eval()
 
 
@@ -156,8 +156,7 @@ def prompt_encoder_of(case: GoldenCase) -> PromptEncoder:
         h["embed_dim"], tuple(h["image_embedding_size"]), tuple(h["input_image_size"]),
         h["mask_in_chans"],
     )  # fmt: skip
-    weights = flax_weights.prompt_encoder(case.weights(), encoder.state_dict())
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(part_state("prompt_encoder", case.weights()))
     return encoder
 
 
@@ -236,7 +235,7 @@ def test_golden_sam_mask_decoder(name: str):
         case.hparams["transformer_dim"], transformer["depth"], transformer["num_heads"],
         transformer["mlp_dim"],
     )  # fmt: skip
-    decoder.load_state_dict(flax_weights.mask_decoder(case.weights()))
+    decoder.load_state_dict(part_state("mask_decoder", case.weights()))
     masks, ious = decoder(
         case.tensor("in.image_embeddings").movedim(-1, 1),
         case.tensor("in.image_pe").movedim(-1, 0)[None],
