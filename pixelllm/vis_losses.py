@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from pixelllm.boxes import order_corners
 from pixelllm.losses import dice_loss
+from pixelllm.models.perceptiongpt import Objects, Perception, Tokens
+from pixelllm.models.vis_masks import resize_logits
 
 EMPTY = 1e-6  # added to both sides of Dice's quotient: two empty masks agree
 
@@ -73,8 +74,24 @@ def vis_mask_loss(logits: Tensor, targets: Tensor, whole_batch: bool = False) ->
     return VisMaskLoss(bce, dice if whole_batch else dice.sum() / max(len(targets), 1))
 
 
-def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """float[n, h, w] -> float32[n, H, W], bilinearly and without antialiasing."""
-    if not len(logits):
-        return logits.new_zeros((0, *size), dtype=torch.float32)
-    return F.interpolate(logits[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+def perception_losses(
+    prediction: Perception,
+    tokens: Tokens,
+    objects: Objects,
+    centre_reading: bool = False,
+    whole_batch: bool = False,
+) -> dict[str, Tensor]:
+    """All terms of a batch by name: "text", "l1", "giou", "bce" and "dice".
+
+    Args:
+        prediction: of these tokens and objects.
+        centre_reading: as in `box_loss`.
+        whole_batch: as in `vis_mask_loss`.
+    """
+    is_target = prediction.is_target
+    targets = objects.masks[is_target[objects.has_mask]]
+    return {
+        "text": answer_loss(prediction.logits, tokens.token_ids[tokens.is_answer]),
+        **box_loss(prediction.boxes, objects.boxes[is_target], centre_reading)._asdict(),
+        **vis_mask_loss(prediction.masks, targets, whole_batch)._asdict(),
+    }

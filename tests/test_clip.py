@@ -5,30 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import PERCEPTION_TOLERANCE, load_perception, part_of, perception_names
+from official_perception import official_clip
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from pixelllm.models.clip import FusedClip
-
-
-def official_clip(
-    weights: dict[str, Tensor], images: Tensor, num_heads: int, fine_patch: int
-) -> FusedClip:
-    """CLIP of the sizes of official weights, loaded; they are of the size of `images`."""
-    width, _, patch, _ = weights["embeddings.patch_embedding.weight"].shape
-    vit = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
-            num_hidden_layers=sum(key.endswith("mlp.fc1.bias") for key in weights),
-            num_attention_heads=num_heads,
-            image_size=images.shape[-1],
-            patch_size=patch,
-        )
-    )
-    vit.load_state_dict(weights)
-    return FusedClip(vit, fine_patch)
 
 
 def patch_of(images: Tensor, num_tokens: int) -> int:
@@ -40,7 +22,9 @@ def test_golden_clip_fusion(name: str):
     case = load_perception(name)
     images, lower, higher = case["in.images"], case["in.coef_lower"], case["in.coef_higher"]
     fine_patch = patch_of(images, case["out.fused_higher"].shape[1])
-    clip = official_clip(part_of(case, "w."), images, int(case["in.num_heads"]), fine_patch)
+    clip = official_clip(
+        part_of(case, "w."), images.shape[-1], int(case["in.num_heads"]), fine_patch
+    )
     grid = images.shape[-1] // fine_patch
 
     def coarse(raw: Tensor) -> Tensor:

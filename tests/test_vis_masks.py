@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from conftest import PERCEPTION_TOLERANCE, load_perception, part_of, perception_names
-from torch import Tensor
+from official_perception import official_mask_head, our_state
 from torch.testing import assert_close
 
 from pixelllm.models.vis_masks import VisMaskDecoder, VisMaskHead, sine_positions
-
-PARTS = {"decoder_mapping.": "query.", "visual_adaptor.": "adapter.", "mask_decoder.": "decoder."}
-
-
-def official_decoder_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names of the official mask decoder's weights."""
-    pattern = r"output_upscaling\.layer(\d)"
-    return {
-        re.sub(pattern, lambda m: f"output_upscaling.stages.{int(m[1]) - 1}", key): value
-        for key, value in weights.items()
-    }
-
-
-def official_head_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names of projection, adapter and mask decoder, out of all official weights."""
-    named = {
-        ours + key.removeprefix(theirs): value
-        for theirs, ours in PARTS.items()
-        for key, value in weights.items()
-        if key.startswith(theirs)
-    }
-    return official_decoder_state(named)
-
-
-def official_decoder(weights: dict[str, Tensor], num_heads: int) -> VisMaskDecoder:
-    """A decoder of the sizes of official weights, not loaded."""
-    mlp_width, width = weights["transformer.layers.0.mlp.lin1.weight"].shape
-    depth = len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
-    return VisMaskDecoder(width, depth, num_heads, mlp_width, release_positions=True)
-
-
-def official_head(weights: dict[str, Tensor], num_heads: int) -> VisMaskHead:
-    decoder = official_decoder(part_of(weights, "mask_decoder."), num_heads)
-    head = VisMaskHead(weights["decoder_mapping.weight"].shape[1], decoder)
-    head.load_state_dict(official_head_state(weights))
-    return head
 
 
 @pytest.mark.parametrize("name", perception_names("mask_decoder"))
 def test_golden_mask_decoder(name: str):
     case = load_perception(name)
     weights = part_of(case, "w.")
-    decoder = official_decoder(weights, int(case["in.num_heads"]))
-    decoder.load_state_dict(official_decoder_state(weights))
+    mlp_width, width = weights["transformer.layers.0.mlp.lin1.weight"].shape
+    depth = sum(key.endswith("norm4.bias") for key in weights)
+    num_heads = int(case["in.num_heads"])
+    decoder = VisMaskDecoder(width, depth, num_heads, mlp_width, release_positions=True)
+    decoder.load_state_dict(our_state(weights))
     features, queries = (
         case["in.image_embeddings"].permute(0, 3, 1, 2),
         case["in.prompt_embeddings"],
@@ -78,7 +43,7 @@ def test_golden_mask_decoder(name: str):
 @pytest.mark.parametrize("name", perception_names("predict_mask"))
 def test_golden_predict_mask(name: str):
     case = load_perception(name)
-    head = official_head(part_of(case, "w."), int(case["in.num_heads"]))
+    head = official_mask_head(part_of(case, "w."), int(case["in.num_heads"]))
     features, states = case["in.image_features"], case["in.loc_hidden"]
     assert_close(head.adapter(features), case["out.adapted"], **PERCEPTION_TOLERANCE)
     assert_close(head.query(states), case["out.prompt"], **PERCEPTION_TOLERANCE)

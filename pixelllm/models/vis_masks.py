@@ -137,3 +137,10 @@ class VisMaskHead(nn.Module):
         """
         adapted = self.adapter(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.decoder(adapted[image_index], self.query(states)).float()
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """float[n, h, w] -> float32[n, H, W], bilinearly and without antialiasing."""
+    if not len(logits):
+        return logits.new_zeros((0, *size), dtype=torch.float32)
+    return F.interpolate(logits[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
