@@ -1,0 +1,56 @@
+"""Configuration of PerceptionGPT; the defaults are the released 7B model (reference, 1 and 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pixelllm.config import LanguageConfig
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """CLIP's image encoder; the defaults are ViT-L/14 at 224 pixels."""
+
+    image_size: int = 224  # that the position table is stored for
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    ff_width: int = 4096
+    fine_patch: int = 8  # of the pass that feeds the mask decoder
+    fuse_layers: bool = True  # otherwise the last state alone, the paper's baseline
+    weights: str | None = "openai/clip-vit-large-patch14"  # Hub id or local folder
+
+
+@dataclass(frozen=True)
+class VisConfig:
+    """What `<vis>` is encoded from and decoded to."""
+
+    read: Literal["box", "mask", "random"] = "box"  # by the language model; the release's is box
+    box_hidden: int = 512
+    mask_size: int = 256  # side of the masks that are encoded and compared
+    mask_bottleneck: int = 512
+    num_layers: int = 2  # of the mask decoder's two-way transformer
+    num_heads: int = 8
+    ff_width: int = 2048
+
+
+@dataclass(frozen=True)
+class PerceptionModelConfig:
+    """PerceptionGPT."""
+
+    frame: int = 224  # side of the padded square that is seen
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    vis: VisConfig = field(default_factory=VisConfig)
+    language: LanguageConfig = field(
+        default_factory=lambda: LanguageConfig(
+            trunk="lmsys/vicuna-7b-v1.1", architecture="llama", lora_rank=16, lora_alpha=64
+        )
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "fine_patch"):
+            patch = getattr(self.clip, name)
+            if self.frame % patch:
+                raise ValueError(f"frame {self.frame} is not a multiple of clip.{name} {patch}")
