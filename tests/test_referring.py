@@ -3,7 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden_json
+from conftest import (
+    PERCEPTION_TOLERANCE,
+    load_golden_json,
+    load_perception,
+    perception_names,
+)
 from numpy.testing import assert_allclose
 from pycocotools import mask as coco_mask
 from torch.nn.functional import interpolate
@@ -161,3 +166,32 @@ def test_bad_input_is_named():
         score_referred_masks({"a": mask["a"].astype(np.uint8)}, mask, box)
     with pytest.raises(ValueError, match="a: mask with keys"):
         score_referred_masks({"a": {"counts": "x"}}, mask, box)
+
+
+@pytest.mark.parametrize("name", perception_names("metrics"))
+def test_golden_metrics_of_perceptiongpt(name: str):
+    """Masks of probability above 0.35; two empty ones agree."""
+    case = {key: value.numpy() for key, value in load_perception(name).items()}
+    keys = [str(row) for row in range(len(case["in.gt_mask"]))]
+    truths = dict(zip(keys, case["in.gt_mask"] > 0.5, strict=True))
+    masks = dict(zip(keys, case["in.pred_mask_prob"][:, 0] > 0.35, strict=True))
+    boxes = dict(zip(keys, case["in.gt_boxes"], strict=True))
+    found = dict(zip(keys, case["in.pred_boxes"], strict=True))
+
+    def masks_of(keys: list[str]) -> dict[str, float]:
+        given = ({key: part[key] for key in keys} for part in (masks, truths, boxes))
+        return score_referred_masks(*given, empty_iou=1.0)
+
+    ious = [masks_of([key])["mask_giou"] for key in keys]
+    assert_allclose(ious, case["out.iou_per_mask"], **PERCEPTION_TOLERANCE)
+    whole = masks_of(keys)
+    assert_allclose(whole["mask_giou"], case["out.giou"], **PERCEPTION_TOLERANCE)
+    assert_allclose(whole["mask_ciou"], case["out.ciou"], **PERCEPTION_TOLERANCE)
+    outside = ({key: ~mask for key, mask in part.items()} for part in (masks, truths))
+    shares = [score_referred_masks(*outside, boxes)["mask_ciou"], whole["mask_ciou"]]
+    assert_allclose(shares, case["out.inter"] / case["out.union"], **PERCEPTION_TOLERANCE)
+    ious = [score_referred_boxes({k: found[k]}, {k: boxes[k]})["box_iou"] for k in keys]
+    assert_allclose(ious, case["out.box_iou"], **PERCEPTION_TOLERANCE)
+    whole = score_referred_boxes(found, boxes)
+    assert_allclose(whole["box_iou"], case["out.box_miou"], **PERCEPTION_TOLERANCE)
+    assert_allclose(whole["box_precision"], case["out.box_acc"], **PERCEPTION_TOLERANCE)

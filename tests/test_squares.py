@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import load_perception, perception_names
 from PIL import Image
 
 from pixelllm.squares import (
@@ -16,29 +16,29 @@ from pixelllm.squares import (
     unsquare_mask,
 )
 
-FIXTURE = GOLDEN.parent / "golden_perceptiongpt/preprocess.npz"
 
-
-def golden() -> dict[str, np.ndarray]:
-    if not FIXTURE.exists():
-        pytest.skip(f"no golden numbers at {FIXTURE}")
-    with np.load(FIXTURE) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def test_golden_boxes_of_the_square():
+@pytest.mark.parametrize("name", perception_names("preprocess"))
+def test_golden_boxes_of_the_square(name: str):
     """The release rounds to thousandths; ours lie within half of one."""
-    case = golden()
-    for (width, height), box, expected in zip(
-        case["in.wh"].astype(int).tolist(), case["in.boxes_px"], case["out.boxes_norm"], strict=True
+    case = {key: value.numpy() for key, value in load_perception(name).items()}
+    for (width, height), box, expected, expected_px in zip(
+        case["in.wh"].astype(int).tolist(),
+        case["in.boxes_px"],
+        case["out.boxes_norm"],
+        case["out.boxes_square_px"],
+        strict=True,
     ):
         relative = torch.from_numpy(box).double() / torch.tensor([width, height] * 2)
-        found = square_boxes(relative, (height, width)).numpy()
+        found = square_boxes(relative, (height, width))
         np.testing.assert_allclose(found, expected, rtol=0, atol=5.01e-4)
+        np.testing.assert_allclose(found.round(decimals=3), expected, rtol=1e-4, atol=1e-4)
+        side = max(width, height)
+        np.testing.assert_allclose(found * side, expected_px.clip(0, side), rtol=1e-4, atol=1e-4)
 
 
-def test_golden_masks_of_the_square():
-    case = golden()
+@pytest.mark.parametrize("name", perception_names("preprocess"))
+def test_golden_masks_of_the_square(name: str):
+    case = {key: value.numpy() for key, value in load_perception(name).items()}
     names = [key[3:] for key in case if key.startswith("in.mask")]
     assert names
     for name in names:

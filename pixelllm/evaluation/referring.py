@@ -42,6 +42,7 @@ def score_referred_masks(
     truths: Mapping[str, Mask],
     truth_boxes: Mapping[str, ArrayLike],
     threshold: float = 0.5,
+    empty_iou: float = 0.0,
 ) -> dict[str, float]:
     """How well the one mask of each expression fits.
 
@@ -50,6 +51,7 @@ def score_referred_masks(
             lengths `{"size": [H, W], "counts": ...}`.
         truths: the same of the ground truth, for the same expressions and of the same sizes.
         truth_boxes: ground-truth boxes, xyxy in [0, 1] of the image.
+        empty_iou: what two empty masks score; PerceptionGPT counts 1.
 
     Returns:
         `mask_ciou`, intersections of all expressions by their unions (large objects weigh more);
@@ -71,7 +73,7 @@ def score_referred_masks(
         x, y, w, h = coco_mask.toBbox(found)
         boxes[key] = [x / width, y / height, (x + w) / width, (y + h) / height]
     common, union = np.array(common), np.array(union)
-    iou = common / (union + _UNION_GUARD)
+    iou = np.where(union > 0, common / (union + _UNION_GUARD), empty_iou)
     return {
         "mask_ciou": float(common.mean() / (union.mean() + _UNION_GUARD)),
         "mask_giou": float(iou.mean()),
