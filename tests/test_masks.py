@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import GoldenCase, golden_names, load_golden
-from segment_anything.modeling import TwoWayTransformer
 from torch.testing import assert_close
 
-from pixelllm.models.masks import MaskAdapter, MaskHead, two_way
+from pixelllm.models.masks import MaskAdapter, MaskHead
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
 from pixelllm.scenic import part_state
 
@@ -37,14 +36,6 @@ def test_golden_mask_adapter(name: str):
     inputs = ("sparse_embedding", "visual_features", "textual_features")
     tokens = adapter_of(case)(*(case.tensor(f"in.{key}") for key in inputs), None)
     assert_close(tokens, case.tensor("out.embedding"), **case.tolerance)
-
-
-def test_two_way_equals_segment_anything(generator: torch.Generator):
-    theirs = TwoWayTransformer(3, 16, num_heads=2, mlp_dim=24)
-    queries, keys = torch.randn(2, 3, 8, 16, generator=generator)
-    image = keys.mT[..., None]
-    expected, _ = theirs(image, torch.zeros_like(image), queries)
-    assert_close(two_way(theirs, queries, keys, None), expected)
 
 
 def new_head() -> MaskHead:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import TwoWayTransformer
-from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
+from pixelllm.models.two_way import two_way
 
 NUM_CORNERS = 2  # SAM's tokens of a box
 
@@ -70,59 +70,12 @@ class MaskAdapter(nn.Module):
         keys = torch.cat([self.prefix_projection(prefix), self.hidden_projection(hidden)], dim=2)
         seen = None
         if hidden_padding is not None:
-            seen = F.pad(~hidden_padding, (N, 0), value=True).view(B * K, 1, 1, -1)
-        queries = self.output_tokens.expand(B * K, -1, -1)
-        correction = two_way(self.transformer, queries, keys.flatten(0, 1), seen)
+            seen = F.pad(~hidden_padding, (N, 0), value=True)
+        queries = self.output_tokens.expand(B, K, -1, -1)
+        correction, _ = two_way(self.transformer, queries, keys, seen=seen)
         if self.alpha is not None:
             correction = self.alpha.tanh() * correction
-        return box_tokens + correction.unflatten(0, (B, K))
-
-
-def two_way(
-    transformer: TwoWayTransformer, queries: Tensor, keys: Tensor, seen: Tensor | None
-) -> Tensor:
-    """SAM's two-way transformer on a sequence of keys without positions, some of them hidden.
-
-    Args:
-        queries: float[R, Q, C].
-        keys: float[R, N, C].
-        seen: bool[R, 1, 1, N], False where no query may look; None for everywhere.
-
-    Returns:
-        float[R, Q, C].
-    """
-    positions = queries
-    for block in transformer.layers:
-        if block.skip_first_layer_pe:
-            queries = block.self_attn(queries, queries, queries)
-        else:
-            placed = queries + positions
-            queries = queries + block.self_attn(placed, placed, queries)
-        queries = block.norm1(queries)
-        read = masked_attention(block.cross_attn_token_to_image, queries + positions, keys, seen)
-        queries = block.norm2(queries + read)
-        queries = block.norm3(queries + block.mlp(queries))
-        keys = block.norm4(
-            keys + block.cross_attn_image_to_token(keys, queries + positions, queries)
-        )
-    read = masked_attention(transformer.final_attn_token_to_image, queries + positions, keys, seen)
-    return transformer.norm_final_attn(queries + read)
-
-
-def masked_attention(
-    attention: Attention, queries: Tensor, keys: Tensor, seen: Tensor | None
-) -> Tensor:
-    """SAM's attention to keys that are their own values, which itself takes no mask."""
-    q, k, v = (
-        projection(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-        for projection, x in (
-            (attention.q_proj, queries),
-            (attention.k_proj, keys),
-            (attention.v_proj, keys),
-        )
-    )
-    read = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return attention.out_proj(read.transpose(1, 2).flatten(2))
+        return box_tokens + correction
 
 
 class MaskHead(nn.Module):

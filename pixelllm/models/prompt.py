@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from pixelllm.images import resize
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
+from pixelllm.models.two_way import two_way
+
+CELLS_AT_ONCE = 12_000  # of all images and prompts that are read together: bounds memory
 
 
 class PromptFeatureExtractor(nn.Module):
@@ -72,24 +75,26 @@ class PromptFeatureExtractor(nn.Module):
         Returns:
             float[B, K, num_outputs, output_width].
         """
-        B, K = prompt_tokens.shape[:2]
-        h, w = features.shape[-2:]
-        positions = image_pe.flatten(2).mT  # (1, N, P)
-        keys = self.image_projection(features.flatten(2).mT)  # (B, N, D)
+        positions = image_pe.flatten(2).mT[0]  # (N, P)
+        cells = self.image_projection(features.flatten(2).mT)  # (B, N, D)
         if self.value_projection is not None:
-            places = cell_centres(h, w, positions.device).to(positions.dtype)
-            keys = keys + self.value_projection(torch.cat([positions, places[None]], dim=-1))
-        keys = keys[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
-        keys = keys.expand(B, K, -1, -1).flatten(0, 1)
-        key_pe = self.position_projection(positions).expand_as(keys)
-        tokens = self.prompt_projection(prompt_tokens.flatten(0, 1))
-        tokens = torch.cat([self.output_tokens.expand(B * K, -1, -1), tokens], dim=1)
-        tokens, _ = self.transformer(
-            keys.mT.unflatten(2, (h, w)), key_pe.mT.unflatten(2, (h, w)), tokens
-        )
-        tokens = tokens[:, : len(self.output_tokens)]  # (R, outputs, D)
-        outputs = torch.einsum("rnd,ndo->rno", tokens, self.head_weight) + self.head_bias
-        return outputs.unflatten(0, (B, K))
+            places = cell_centres(*features.shape[-2:], positions.device).to(positions.dtype)
+            cells = cells + self.value_projection(torch.cat([positions, places], dim=-1))
+        cells = cells[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
+        positions = self.position_projection(positions)
+        B, K, N = len(cells), prompt_tokens.shape[1], cells.shape[2]
+        # Cells of each prompt are as large as all that reading prompts in parts would save.
+        at_once = max(CELLS_AT_ONCE // (B * N), 1) if cells.shape[1] == 1 else K
+        parts = prompt_tokens.split(at_once, dim=1)
+        return torch.cat([self.read(cells, positions, part) for part in parts], dim=1)
+
+    def read(self, cells: Tensor, positions: Tensor, prompt_tokens: Tensor) -> Tensor:
+        """`forward` from what the prompts share: float[B, K, num_outputs, output_width]."""
+        tokens = self.prompt_projection(prompt_tokens)  # (B, K, P, D)
+        learned = self.output_tokens.expand(*tokens.shape[:2], -1, -1)
+        tokens, _ = two_way(self.transformer, torch.cat([learned, tokens], dim=2), cells, positions)
+        tokens = tokens[:, :, : len(self.output_tokens)]
+        return torch.einsum("bknd,ndo->bkno", tokens, self.head_weight) + self.head_bias
 
 
 def cell_centres(h: int, w: int, device: torch.device) -> Tensor:

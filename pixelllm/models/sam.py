@@ -21,6 +21,7 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
 
 from pixelllm.images import resize
+from pixelllm.models.two_way import two_way
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -182,8 +183,8 @@ class MaskDecoder(official.MaskDecoder):
     """
 
     def __init__(self, width: int, depth: int = 2, num_heads: int = 8, mlp_width: int = 2048):
-        two_way = official.TwoWayTransformer(depth, width, num_heads, mlp_width)
-        super().__init__(transformer_dim=width, transformer=two_way, iou_head_hidden_dim=width)
+        transformer = official.TwoWayTransformer(depth, width, num_heads, mlp_width)
+        super().__init__(transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width)
 
     def forward(
         self, features: Tensor, image_pe: Tensor, prompt_tokens: Tensor, dense: Tensor
@@ -202,11 +203,11 @@ class MaskDecoder(official.MaskDecoder):
         B, K = prompt_tokens.shape[:2]
         h, w = features.shape[-2:]
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        outputs = outputs.expand(B * K, -1, -1)
-        tokens = torch.cat([outputs, prompt_tokens.flatten(0, 1)], dim=1)
-        keys = (features + dense[:, None, None]).repeat_interleave(K, dim=0)
-        tokens, keys = self.transformer(keys, image_pe.expand_as(keys), tokens)
-        upscaled = self.output_upscaling(keys.mT.unflatten(2, (h, w)))  # (R, C / 8, 4h, 4w)
+        tokens = torch.cat([outputs.expand(B, K, -1, -1), prompt_tokens], dim=2)
+        cells = features.flatten(2).mT[:, None] + dense  # (B, 1, N, C)
+        tokens, cells = two_way(self.transformer, tokens, cells, image_pe.flatten(2).mT[0])
+        tokens, cells = tokens.flatten(0, 1), cells.flatten(0, 1)  # (R, …)
+        upscaled = self.output_upscaling(cells.mT.unflatten(2, (h, w)))  # (R, C / 8, 4h, 4w)
         mixers = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
         masks = torch.einsum("rmc,rchw->rmhw", torch.stack(mixers, dim=1), upscaled)
         ious = self.iou_prediction_head(tokens[:, 0])
