@@ -46,7 +46,7 @@ def write_narratives(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for number in range(IMAGES):
-        pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:012d}.jpg")
     told = [_narrative(rng) for _ in range(200)]
     with (folder / "narratives.jsonl").open("w") as file:
@@ -70,17 +70,17 @@ def _narrative(rng: np.random.Generator) -> str:
     return json.dumps(rest)[1:] + "\n"
 
 
-def prepare(folder: Path, out: Path, shard_size: int | None) -> int:
+def prepare(folder: Path, out: Path, num_proc: int, shard_size: int | None) -> int:
     options = localized_narratives.Options(folder / "images")
     files = [folder / "narratives.jsonl"]
-    return localized_narratives.convert(files, options, out, shard_size=shard_size)["kept"]
+    return localized_narratives.convert(files, options, out, num_proc, shard_size)["kept"]
 
 
 def read(table: Path, count: int, workers: int) -> int:
     """Take batches of 32 until `count` records have come; returns their number."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 300)
     steps = count // 32
-    facts = {"frame": 48, "batch_size": 32, "num_steps": steps, "seed": 0}
+    facts = {"frame": 16, "batch_size": 32, "num_steps": steps, "seed": 0}
     limits = TextLimits(0, 128, 8)
     batches = Mixture([open_table(table)], [Source("narration")], tokenizer, limits, **facts)
     config = TrainConfig(steps=steps, workers=workers)
@@ -114,15 +114,13 @@ def _measure(answers: Any, part: Callable[..., int], arguments: tuple) -> None:
 
     watch = threading.Thread(target=sample)
     watch.start()
-    since, cpu = time.monotonic(), time.process_time()
-    count = part(*arguments)
-    facts = {"records": count, "seconds": time.monotonic() - since}
-    facts["cpu_s"] = time.process_time() - cpu
+    since = time.monotonic()
+    facts = {"records": part(*arguments), "seconds": time.monotonic() - since}
     done.set()
     watch.join()
-    own = [anonymous for anonymous, _ in samples]
-    half = len(own) // 2
-    facts |= {"peak_first_half": max(own[:half]), "peak": max(own), "mapped": max(samples)[1]}
+    own = np.array([anonymous for anonymous, _ in samples])
+    facts["peaks"] = [float(part.max()) for part in np.array_split(own, min(5, len(own)))]
+    facts["mapped"] = max(samples)[1]
     answers.put(facts)
 
 
@@ -136,10 +134,11 @@ def measure(name: str, part: Callable[..., int], *arguments: Any) -> None:
     if process.exitcode:
         raise SystemExit(f"{name}: exit code {process.exitcode}")
     facts = answers.get()
+    peaks = " ".join(f"{peak:.2f}" for peak in facts["peaks"])
     print(
-        f"{name:28}{facts['records']:9,} records  {facts['seconds']:7.0f} s "
-        f"({facts['cpu_s']:.0f} s of CPU in the main process)  peak {facts['peak']:.2f} GiB, "
-        f"{facts['peak_first_half']:.2f} in the first half; mapped files {facts['mapped']:.2f}",
+        f"{name:16}{facts['records']:9,} records in {facts['seconds']:.0f} s; peak "
+        f"{max(facts['peaks']):.2f} GiB, by fifths of the time {peaks}; "
+        f"mapped files {facts['mapped']:.2f} GiB",
         flush=True,
     )
 
@@ -147,7 +146,7 @@ def measure(name: str, part: Callable[..., int], *arguments: Any) -> None:
 def main(
     records: int = 20_000,
     forms: tuple[Literal["shards", "table"], ...] = ("shards", "table"),
-    workers: int = 1,
+    processes: int = 1,
     keep: Path | None = None,
 ) -> None:
     """Prepare and read generated narratives.
@@ -155,7 +154,7 @@ def main(
     Args:
         records: how many narratives.
         forms: Parquet shards, which are streamed, or an Arrow table.
-        workers: of the loader.
+        processes: that prepare, and that load.
         keep: leave everything in this folder; what of it is there already is not made again.
     """
     folder = keep or Path(tempfile.mkdtemp(prefix="narratives-"))
@@ -166,8 +165,8 @@ def main(
         for name in forms:
             shard_size = SHARD if name == "shards" else None
             if not (folder / name).exists():
-                measure(f"prepare {name}", prepare, folder, folder / name, shard_size)
-            measure(f"read {name}", read, folder / name, records, workers)
+                measure(f"prepare {name}", prepare, folder, folder / name, processes, shard_size)
+            measure(f"read {name}", read, folder / name, records, processes)
     finally:
         if keep is None:
             shutil.rmtree(folder)

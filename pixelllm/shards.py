@@ -111,7 +111,11 @@ def unfinished_shards(path: Path | str, plan: object) -> Iterator[tuple[dict[str
 
     Args:
         plan: JSON of all that decides the records. Shards of another plan are removed.
+
+    Raises FileExistsError where `path` is not a table.
     """
+    if Path(path).exists() and not (Path(path) / REPORT_FILE).exists():
+        raise FileExistsError(f"{path} exists and is not a table of records; choose another name")
     folder = _unfinished(path)
     file = folder / "plan.json"
     if folder.exists() and not (file.exists() and json.loads(file.read_text()) == plan):
@@ -132,12 +136,9 @@ def write_shards(
 
     The folder appears under its name when it is complete. Until then whole shards wait beside it
     and are added to, so records must be those after `unfinished_shards`. Memory holds one row
-    group. Raises ValueError on no record at all, FileExistsError where `path` is not a table.
+    group. Raises ValueError on no record at all.
     """
-    path = Path(path)
-    if path.exists() and not (path / REPORT_FILE).exists():
-        raise FileExistsError(f"{path} exists and is not a table of records; choose another name")
-    folder = _unfinished(path)
+    path, folder = Path(path), _unfinished(path)
     number = len(list(folder.glob("*.parquet")))
     records = iter(records)
     while first := list(islice(records, 1)):

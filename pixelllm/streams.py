@@ -101,7 +101,10 @@ class Walk:
         """Read the next window into memory, in the order of the walk; none at an epoch's end."""
         self._before = self._stream.state_dict()
         self._taken = 0
-        self._rows = next(self._windows, FEATURES.arrow_schema.empty_table())
+        try:
+            self._rows = next(self._windows, FEATURES.arrow_schema.empty_table())
+        except pa.ArrowInvalid as error:  # the library has logged which
+            raise ValueError(f"a shard beside {self.files[0]} is damaged: {error}") from error
         phrases = self._rows.column("phrases")
         mine = records_with_task(phrases, self.task)
         rng = np.random.default_rng([self.seed, self._epoch, self.number, self._window])
@@ -192,8 +195,9 @@ class StreamedRecords:
         return {self._key(number): self._walks[number].state_dict()}
 
     def sample(self, count: int) -> list[Record]:
-        """The first `count` records of the first walk; fewer where its epoch has fewer batches."""
-        walk, records = self._open(0, START), []
+        """The first `count` records of an epoch; where it has no more, its full batches."""
+        facts = (self.files, self.source.task, self.batch_size, self.seed)
+        walk, records = Walk(*facts, 0, 1, SHUFFLED, START), []
         while len(records) < count:
             batch = walk.next_batch()
             if walk.state_dict()["epoch"]:
