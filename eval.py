@@ -22,7 +22,7 @@ import tyro
 
 from data.scene_expressions import parse_region
 from data.scene_narrations import object_mentions
-from pixelllm.devices import choose_device
+from pixelllm.commands.given import load_model
 from pixelllm.evaluation.boxes import evaluate_dense, evaluate_regions
 from pixelllm.evaluation.expressions import evaluate_expressions
 from pixelllm.evaluation.meteor_data import MeteorUnavailable
@@ -50,6 +50,8 @@ class Options:
         truth: what the images show, by image id; found beside the annotations of scenes.
         out: where to write; RUN/eval by default.
         device: auto, cpu, cuda or mps.
+        dtype: hold image encoders and language trunk in this precision; as the run says by default.
+        int8: hold the trunk's weights in 8 bits (needs torchao).
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -63,6 +65,8 @@ class Options:
     truth: Path | None = None
     out: Path | None = None
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "beams", "batch_size", "max_detections"):
@@ -74,7 +78,7 @@ class Options:
 
 
 def evaluate(options: Options) -> None:
-    model = PixelLLM.from_pretrained(options.run).to(choose_device(options.device))
+    model = load_model(str(options.run), options.device, options.dtype, options.int8)
     found = score(options, model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     out = options.out or options.run / "eval"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -43,6 +43,8 @@ class CaptionCommand:
         gif: write an animation (of the first caption).
         png: write a still picture (of the first caption).
         device: auto, cpu, cuda or mps.
+        dtype: hold image encoders and language trunk in this precision; as the run says by default.
+        int8: hold the trunk's weights in 8 bits (needs torchao).
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -61,6 +63,8 @@ class CaptionCommand:
     gif: Path | None = None
     png: Path | None = None
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    int8: bool = False
 
 
 def caption(command: CaptionCommand) -> None:
@@ -69,7 +73,7 @@ def caption(command: CaptionCommand) -> None:
     check_at_least_one("--batch-size", command.batch_size)
     check_files(command.images, [command.html, command.gif, command.png])
     search = search_options(command)
-    model = load_model(command.model, command.device)
+    model = load_model(command.model, command.device, command.dtype, command.int8)
     torch.manual_seed(command.seed)
     results = []
     for result in caption_images(model, command, search):

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from pixelllm.devices import choose_device
 from pixelllm.pretrained import PixelLLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_files(images: Iterable[Path], written: Iterable[Path | None]) -> None:
@@ -25,7 +29,10 @@ def check_at_least_one(option: str, value: int) -> None:
         raise ValueError(f"{option} {value}: expected 1 or more")
 
 
-def load_model(name_or_path: str, device: str) -> PixelLLM:
+def load_model(
+    name_or_path: str, device: str, dtype: str | None = None, int8: bool = False
+) -> PixelLLM:
     """The model on the device. Raises ValueError for a device that is not there, before loading."""
     chosen = choose_device(device)
-    return PixelLLM.from_pretrained(name_or_path).to(chosen)
+    precision = None if dtype is None else DTYPES[dtype]
+    return PixelLLM.from_pretrained(name_or_path, precision, int8).to(chosen)
