@@ -72,6 +72,7 @@ class LanguageConfig:
     tokenizer: str | None = None  # Hub id, for random weights; None trains one on the captions
     lora_rank: int = 32  # 0 trains the whole trunk
     lora_alpha: int = 64  # the update is scaled by alpha / rank
+    lora_dropout: float = 0.0  # of what the update reads
     bfloat16: bool = False  # hold the trunk of `transformers` in bfloat16, LoRA in float32
     width: int = 2048
     num_encoder_layers: int = 24  # of a T5

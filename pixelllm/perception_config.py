@@ -45,7 +45,11 @@ class PerceptionModelConfig:
     vis: VisConfig = field(default_factory=VisConfig)
     language: LanguageConfig = field(
         default_factory=lambda: LanguageConfig(
-            trunk="lmsys/vicuna-7b-v1.1", architecture="llama", lora_rank=16, lora_alpha=64
+            trunk="lmsys/vicuna-7b-v1.1",
+            architecture="llama",
+            lora_rank=16,
+            lora_alpha=64,
+            lora_dropout=0.1,
         )
     )
 

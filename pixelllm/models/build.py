@@ -231,7 +231,8 @@ def build_language(
         hold_in_bfloat16(language.model)
     if config.lora_rank:
         targets = LORA_TARGETS.get(language.model.config.model_type, ("q_proj", "v_proj"))
-        add_lora(language, config.lora_rank, config.lora_alpha, targets)
+        factors = (config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+        add_lora(language, *factors)
         for name, parameter in language.named_parameters():
             if "lora_" in name:  # it learns, so it is float32 beside any trunk
                 parameter.data = parameter.data.float()

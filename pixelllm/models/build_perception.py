@@ -94,6 +94,13 @@ def grow_vocabulary(language: DecoderOnlyLanguage, num_tokens: int) -> None:
 
 
 def train_embeddings(language: Language) -> None:
-    """Let input and output embeddings learn beside LoRA factors, for the sake of the markers."""
-    for module in (language.model.get_input_embeddings(), language.model.get_output_embeddings()):
-        module.requires_grad_(True)
+    """Let input and output embeddings learn beside LoRA factors, for the sake of the markers.
+
+    They become float32, because small steps are lost in bfloat16; what the trunk reads keeps its
+    precision.
+    """
+    embedding, head = language.model.get_input_embeddings(), language.model.get_output_embeddings()
+    dtype = embedding.weight.dtype
+    for module in (embedding, head):
+        module.requires_grad_(True).float()
+    embedding.register_forward_hook(lambda module, inputs, embedded: embedded.to(dtype))

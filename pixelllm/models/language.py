@@ -310,13 +310,20 @@ def build_trunk(config: PretrainedConfig) -> EncoderDecoderLanguage | DecoderOnl
     return DecoderOnlyLanguage(AutoModelForCausalLM.from_config(config))
 
 
-def add_lora(trunk: TransformersLanguage, rank: int, alpha: float, targets: Sequence[str]) -> None:
+def add_lora(
+    trunk: TransformersLanguage,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+) -> None:
     """Freeze the trunk and add low-rank factors (scale alpha / rank) to its `targets`, in place.
 
     Args:
         targets: ends of module names, e.g. ("q", "v") for T5's three kinds of attention.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+    factors = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    config = LoraConfig(**factors, target_modules=list(targets), bias="none")
     inject_adapter_in_model(config, trunk.model)  # freezes everything else
 
 

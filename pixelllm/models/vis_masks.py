@@ -136,7 +136,7 @@ class VisMaskHead(nn.Module):
             float32[n, 8h, 8w] over the padded square, n may be 0.
         """
         adapted = self.adapter(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.decoder(adapted[image_index], self.query(states)).float()
+        return self.decoder(adapted[image_index], self.query(states.to(features.dtype))).float()
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
