@@ -7,6 +7,10 @@ Tables come from the readers, e.g. python -m data.localized_narratives. Every fi
 an option by its dotted name, e.g. --train.steps 100 --loss.point 5; all of them:
 
     python train.py scenes-tiny --help
+
+On several devices, with the same curve (docs/cluster.md):
+
+    torchrun --nproc-per-node 8 train.py scenes-tiny --train.accumulate 8 ...
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other
 
@@ -32,6 +36,7 @@ from pixelllm.shards import open_table
 from pixelllm.tables import Table
 from pixelllm.training import captioning, naming, promptable
 from pixelllm.training.loop import NonFiniteLoss, Stage, train
+from pixelllm.training.parallel import PeerFailed, join, own_device
 from pixelllm.training.signals import StopRequest
 
 Recipe = Config | SamPretraining | Eva02Pretraining
@@ -48,6 +53,7 @@ class Run:
         resume: go on from the newest checkpoint in `out`.
         cache_features: keep the features of frozen encoders in this folder.
         device: auto, cpu, cuda or mps.
+        parallel: under torchrun, whether every process holds all weights (ddp) or a share (fsdp).
     """
 
     data: tuple[str, ...]
@@ -56,6 +62,7 @@ class Run:
     resume: bool = False
     cache_features: Path | None = None
     device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
 
 def recipe_named(name: str) -> Recipe:
@@ -85,11 +92,10 @@ def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
     return parsed.run, parsed.config
 
 
-def build(run: Run, config: Recipe) -> Stage:
+def build(run: Run, config: Recipe, device: torch.device) -> Stage:
     # The stages that make a recipe's eyes need all of a table at once.
     opened = open_table if isinstance(config, Config) else Table
     tables, val = ([opened(path) for path in paths] for paths in (run.data, run.val))
-    device = choose_device(run.device)
     if isinstance(config, SamPretraining):
         return promptable.build_stage(config, tables, val, device)
     if isinstance(config, Eva02Pretraining):
@@ -104,7 +110,10 @@ def run_training(run: Run, config: Recipe) -> None:
     torch.set_flush_denormal(True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    train(build(run, config), config.train, run.out, run.resume)
+    device = own_device(choose_device(run.device))
+    with join(run.parallel, device) as processes:
+        stage = processes.first_alone(lambda: build(run, config, device))
+        train(stage, config.train, run.out, run.resume, processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,11 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listing = list_recipes()
         print(listing if arguments and arguments[0] == "--list" else f"{__doc__}\n{listing}")
         return
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         run_training(*parse(arguments[0], arguments[1:]))
     except StopRequest as stop:
-        print(stop, file=sys.stderr)
+        if is_first:
+            print(stop, file=sys.stderr)
         sys.exit(stop.code)
+    except PeerFailed as failure:
+        sys.exit(f"error: {failure}" if is_first else 1)
     except KeyboardInterrupt:  # before the first step; what was written so far is complete
         sys.exit(130)
     except (ValueError, OSError, SafetensorError, NonFiniteLoss) as error:

@@ -4,6 +4,7 @@
     pixelllm locate photo.jpg "the red car" --model runs/joint-refseg --mask --png car.png
     pixelllm dense photo.jpg --model runs/joint-refseg --html objects.html
     pixelllm info runs/quickstart
+    pixelllm convert runs/quickstart --step 3000 --out models/at-3000
 
 Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the image.
 """
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 import tyro
 
 from pixelllm.commands.caption import CaptionCommand, caption
+from pixelllm.commands.convert import ConvertCommand, convert
 from pixelllm.commands.dense import DenseCommand, dense
 from pixelllm.commands.info import InfoCommand, info
 from pixelllm.commands.locate import LocateCommand, locate
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[LocateCommand, tyro.conf.subcommand("locate")]
         | Annotated[DenseCommand, tyro.conf.subcommand("dense")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
+        | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     )
     command = tyro.cli(commands, prog="pixelllm", description=__doc__, args=arguments)
     try:
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 dense(command)
             case InfoCommand():
                 info(command)
+            case ConvertCommand():
+                convert(command)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

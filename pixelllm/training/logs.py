@@ -20,9 +20,13 @@ class RunLog:
         out: the run's folder; `log.jsonl` lies there.
         first_step: lines after it, from an earlier attempt, are dropped.
         num_steps: of the whole run.
+        writes: whether it does; of many processes one writes.
     """
 
-    def __init__(self, out: Path, first_step: int, num_steps: int) -> None:
+    def __init__(self, out: Path, first_step: int, num_steps: int, writes: bool = True) -> None:
+        self.writes = writes
+        if not writes:
+            return
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -40,6 +44,8 @@ class RunLog:
 
     def step(self, step: int, terms: dict[str, float], num_images: int) -> None:
         """Take the loss terms of a finished step."""
+        if not self.writes:
+            return
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term)
         self._images += num_images
@@ -47,6 +53,8 @@ class RunLog:
 
     def write(self, step: int, **numbers: float) -> None:
         """Write the numbers, with the mean loss terms since the last call that had any."""
+        if not self.writes:
+            return
         if self._terms:
             means = {f"loss_{name}": fmean(values) for name, values in self._terms.items()}
             rate = self._images / max(time.monotonic() - self._since, 1e-9)
@@ -63,5 +71,6 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.board.close()
+        if self.writes:
+            self.bar.close()
+            self.board.close()

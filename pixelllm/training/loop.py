@@ -1,26 +1,39 @@
 """The training loop: one explicit loop for every stage.
 
 A stage says what a batch is, what its loss terms are and how a finished model is saved; the
-loop does the rest: accumulate, clip, step, log, validate, checkpoint, resume.
+loop does the rest: accumulate, clip, step, log, validate, checkpoint, resume. What is random in
+a micro batch (dropout, sampled proposals) follows from the seed and its number, as its records
+do: resuming needs no state of generators, and any number of processes draws the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 
 from pixelllm.config import TrainConfig
-from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
+from pixelllm.files import written_whole
+from pixelllm.training.checkpoint import START_FOLDER, CheckpointFolder, TrainingState
 from pixelllm.training.loader import loader, named_deaths
 from pixelllm.training.logs import RunLog
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
+from pixelllm.training.parallel import (
+    ALONE,
+    Processes,
+    RunningStatistics,
+    average_gradients,
+    clip_gradients,
+    distribute,
+    gather_weights,
+)
 from pixelllm.training.schedule import learning_rate
 from pixelllm.training.signals import StopRequest
 
@@ -50,74 +63,131 @@ class NonFiniteLoss(ArithmeticError):
     """A loss term became infinite or NaN."""
 
 
-def train(stage: Stage, config: TrainConfig, out: Path, resume: bool) -> None:
+def train(
+    stage: Stage, config: TrainConfig, out: Path, resume: bool, processes: Processes = ALONE
+) -> None:
     """Run the stage to its last step and export the model to `out`.
 
     Checkpoints lie in `out/checkpoints`; `resume` goes on from the newest, bit for bit as if
-    never interrupted. Ctrl-C and SIGTERM write a checkpoint and raise `StopRequest`.
+    never interrupted. `out/start` is the model before the first step. Ctrl-C and SIGTERM, to any
+    of the processes, write a checkpoint and raise `StopRequest`.
     """
-    checkpoints = CheckpointFolder(out / "checkpoints", config.keep)
+    num_own = processes.share_of(config.accumulate)
+    checkpoints = CheckpointFolder(out / "checkpoints", config.keep, processes)
     if not resume:
         checkpoints.require_none()
     device = next(stage.model.parameters()).device
     freeze(stage.model, config.frozen)
+    is_new = not resume or checkpoints.newest() == 0
+    write_start(stage, out / START_FOLDER, is_new, processes)
+    loss = distribute(stage.model, stage.loss, processes, config.bfloat16)
+    stage = replace(stage, loss=loss)
     optimizer = build_optimizer(stage.model, config)
     state = TrainingState(stage.model, optimizer)
     step = checkpoints.load_newest(state) if resume else 0
-    log = RunLog(out, step, config.steps)
-    batches = loader(stage.batches, step, config, saved=state.loader)
+    log = RunLog(out, step, config.steps, writes=processes.is_first)
+    streams = state.loader
+    batches = loader(stage.batches, step, config, processes.rank, processes.count, streams)
     stage.model.train()
-    with log, named_deaths(config.workers), StopRequest.on_signals() as stop:
+    stopping = StopRequest.on_signals(at_once_again=processes.count == 1)
+    with log, named_deaths(config.workers), stopping as stop:
         while step < config.steps:
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
             set_learning_rate(optimizer, lr)
-            terms, num_images = accumulate_gradients(stage, batches, config, step, device)
-            grad_norm = clip_grad_norm_(stage.model.parameters(), config.clip or float("inf"))
+            with processes.together():
+                own = list(islice(batches, num_own))
+            terms, num_images = accumulate_gradients(stage, own, config, step, device, processes)
+            average_gradients(stage.model, processes)
+            grad_norm = clip_gradients(stage.model, config.clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             log.step(step, terms, num_images)
             if step % config.log_every == 0:
-                log.write(step, lr=lr, grad_norm=float(grad_norm))
+                log.write(step, lr=lr, grad_norm=grad_norm)
             if step % config.eval_every == 0 or step == config.steps:
-                state.scores = validate(stage)
+                state.scores = processes.gather(validate(stage, config.seed))[0]
                 log.write(step, **{f"val_{name}": score for name, score in state.scores.items()})
+            stop.signal = next(filter(None, processes.gather(stop.signal)), None)
             if step % config.save_every == 0 or step == config.steps or stop.requested:
-                state.loader = batches.state_dict()
+                state.loader = merged(streams, processes.gather(batches.state_dict()))
                 checkpoints.save(step, state)
             stop.raise_if_requested(out, step)
-    stage.export(out)
+    gather_weights(stage.model, processes)
+    with processes.together():
+        if processes.is_first:
+            stage.export(out)
+
+
+def merged(before: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A dictionary after processes changed their own entries of it, each in its copy."""
+    changes = {k: v for part in parts for k, v in part.items() if before.get(k) != v}
+    return before | changes
+
+
+def write_start(stage: Stage, folder: Path, is_new: bool, processes: Processes) -> None:
+    """Export the model as it starts, which `pixelllm convert` completes with a checkpoint."""
+    with processes.together():
+        if processes.is_first and (is_new or not folder.exists()):
+            with written_whole(folder) as beside:
+                beside.mkdir()
+                stage.export(beside)
 
 
 def accumulate_gradients(
-    stage: Stage, batches: Iterator[Any], config: TrainConfig, step: int, device: torch.device
+    stage: Stage,
+    batches: Iterable[Any],
+    config: TrainConfig,
+    step: int,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, float], int]:
-    """Add up the gradients of one optimizer step; returns the mean terms and images seen."""
+    """Add up the gradients of this process's micro batches of one optimizer step.
+
+    Returns:
+        The mean terms and the number of images seen, over all processes.
+    """
+    num_own = processes.share_of(config.accumulate)
+    first = step * config.accumulate + processes.rank
+    statistics = RunningStatistics(stage.model)
     sums: dict[str, float] = {}
-    num_images = 0
-    for _ in range(config.accumulate):
-        batch = next(batches).to(device)
+    num_images, fault = 0, None
+    for turn, batch in enumerate(batches):
+        seed_generators(config.seed, 2, first + turn * processes.count)
+        batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
             terms = stage.loss(batch)
+        (sum(terms.values()) / num_own).backward()
+        statistics.take()
         for name, term in terms.items():
             if not torch.isfinite(term):
                 ids = ", ".join(name for name in batch.ids if name)
-                raise NonFiniteLoss(
+                fault = fault or (
                     f"step {step}: the {name} loss is {term.item()}; phrases of the batch: {ids}. "
                     "Lower train.lr, set train.clip, or look at these records."
                 )
             sums[name] = sums.get(name, 0.0) + term.item() / config.accumulate
-        (sum(terms.values()) / config.accumulate).backward()
         num_images += len(batch)
-    return sums, num_images
+    statistics.step(processes, config.accumulate)
+    with processes.together():  # not at once: in a sharded backward pass the others wait for us
+        if fault is not None:
+            raise NonFiniteLoss(fault)
+    shares = processes.gather((sums, num_images))
+    names = dict.fromkeys(name for terms, _ in shares for name in terms)
+    means = {name: sum(terms.get(name, 0.0) for terms, _ in shares) for name in names}
+    return means, sum(count for _, count in shares)
 
 
-def validate(stage: Stage) -> dict[str, float]:
-    """Scores of the model in evaluation mode, without gradients and without touching the RNG."""
-    random_state = torch.get_rng_state()
+def seed_generators(*numbers: int) -> None:
+    """Make all that is random on any device follow from the numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def validate(stage: Stage, seed: int) -> dict[str, float]:
+    """Scores of the model in evaluation mode, without gradients; each time with the same draws."""
+    seed_generators(seed, 3)
     stage.model.eval()
     with torch.no_grad():
         scores = stage.validate()
     stage.model.train()
-    torch.set_rng_state(random_state)
     return scores

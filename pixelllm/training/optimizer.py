@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from pixelllm.config import TrainConfig
@@ -26,21 +27,21 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     """AdamW over the trainable parameters, grouped by learning-rate scale and decay.
 
     The first matching prefix of `lr_scales` gives the scale. One-dimensional parameters do not
-    decay.
+    decay. Sharded parameters have groups of their own: AdamW's kernels do not mix them with others.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = next((s for p, s in config.lr_scales.items() if _is_under(name, p)), 1.0)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
+        groups.setdefault((scale, decay, isinstance(parameter, DTensor)), []).append(parameter)
     if not groups:
         raise ValueError("train.frozen leaves no parameter to train")
     return AdamW(
         [
             {"params": parameters, "weight_decay": decay, "scale": scale}
-            for (scale, decay), parameters in groups.items()
+            for (scale, decay, _), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,

@@ -34,12 +34,17 @@ class StopRequest(Exception):
 
     @staticmethod
     @contextmanager
-    def on_signals() -> Iterator[Flag]:
-        """Turn SIGINT and SIGTERM into a flag; a second one ends the process at once."""
+    def on_signals(at_once_again: bool = True) -> Iterator[Flag]:
+        """Turn SIGINT and SIGTERM into a flag.
+
+        Args:
+            at_once_again: a second one ends the process at once. Not under torchrun, which may
+                pass on what the process was sent already, and kills what takes too long.
+        """
         flag = StopRequest.Flag()
 
         def handle(number: int, _frame: object) -> None:
-            if flag.requested:
+            if flag.requested and at_once_again:
                 raise KeyboardInterrupt
             flag.signal = number
 
@@ -52,5 +57,7 @@ class StopRequest(Exception):
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Let the loader's processes live on after Ctrl-C: the step in flight still needs them."""
+    """Let the loader's processes live on when all are told to stop: the step still needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Torchrun passes SIGTERM on to them too; a second one comes from whom they work for.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
