@@ -41,7 +41,8 @@ class Eva02Config:
     drop_path: float = 0.1
     interpolate_rope: bool = False  # the official model counts patches, whatever the image size
     conv_stem: bool = False
-    weights: str | None = None  # a timm name with published weights
+    weights: str | None = None  # a timm name with published weights, or a file of such
+    structure: str | None = None  # of a file whose structure the sizes do not tell: a timm name
     # Hold the encoder in bfloat16, where it no longer learns. Its weights name caches, not this.
     bfloat16: bool = field(default=False, repr=False)
     half_features: bool = False

@@ -63,6 +63,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable file of weights alone: {reason}") from error
+    for name in ("model", "module", "state_dict"):  # as training scripts save them
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a flat dictionary of tensors by name")
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -16,7 +17,7 @@ from pixelllm.models import eva02 as eva02_module
 from pixelllm.models import sam as sam_module
 from pixelllm.models.centernet import CenterNetHead, SimplePyramid
 from pixelllm.models.detector import Detector
-from pixelllm.models.eva02 import Eva02Encoder, eva02, eva02_from_timm
+from pixelllm.models.eva02 import Eva02Encoder, eva02, eva02_from_timm, load_eva02_file
 from pixelllm.models.git import GitDecoder
 from pixelllm.models.language import Language, add_lora, build_t5, build_trunk, load_trunk
 from pixelllm.models.masks import MaskAdapter, MaskHead
@@ -131,9 +132,24 @@ def build_sam_branch(config: SamConfig, frame: int) -> ImageBranch:
 
 
 def build_eva02_encoder(config: Eva02Config, pretrained: bool = False) -> Eva02Encoder:
-    """Of the given sizes, or timm's of the name `weights`. Raises ValueError where they differ."""
-    if config.weights is not None:
-        return _timm_eva02(config, pretrained)
+    """Of the given sizes, or timm's of the name `structure` or `weights`.
+
+    Raises ValueError where they differ, OSError and ValueError as `load_eva02_file`.
+    """
+    is_file = config.weights is not None and Path(config.weights).is_file()
+    name = config.structure or (None if is_file else config.weights)
+    if config.structure is not None and not is_file:
+        raise FileNotFoundError(f"model.eva02.weights: {config.weights}: no such file")
+    if name is None:
+        encoder = _eva02_of_sizes(config)
+    else:
+        encoder = _timm_eva02(config, name, pretrained and not is_file)
+    if is_file and pretrained:
+        load_eva02_file(config.weights, encoder)
+    return encoder
+
+
+def _eva02_of_sizes(config: Eva02Config) -> Eva02Encoder:
     stem = ConvStem(config.width, config.patch_size) if config.conv_stem else None
     return eva02(
         image_size=config.table_size,
@@ -147,12 +163,14 @@ def build_eva02_encoder(config: Eva02Config, pretrained: bool = False) -> Eva02E
     )
 
 
-def _timm_eva02(config: Eva02Config, pretrained: bool) -> Eva02Encoder:
-    name = config.weights.split(".")[0]
-    if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models("eva02*")))
-        raise ValueError(f"model.eva02.weights: timm has no model {name!r}; nearest: {near}")
-    encoder = eva02_from_timm(config.weights, pretrained, config.drop_path, config.interpolate_rope)
+def _timm_eva02(config: Eva02Config, name: str, pretrained: bool) -> Eva02Encoder:
+    stem = name.split(".")[0]
+    if not timm.is_model(stem):
+        near = ", ".join(difflib.get_close_matches(stem, timm.list_models("eva02*")))
+        raise ValueError(
+            f"model.eva02.weights: {name!r} is neither a file nor a model of timm; nearest: {near}"
+        )
+    encoder = eva02_from_timm(name, pretrained, config.drop_path, config.interpolate_rope)
     vit = encoder.vit
     found = {
         "width": vit.embed_dim,
@@ -163,7 +181,7 @@ def _timm_eva02(config: Eva02Config, pretrained: bool) -> Eva02Encoder:
         f"{k} is {v}, not {getattr(config, k)}" for k, v in found.items() if v != getattr(config, k)
     ]
     if wrong:
-        raise ValueError(f"model.eva02: in {config.weights} the {'; the '.join(wrong)}")
+        raise ValueError(f"model.eva02: in {name} the {'; the '.join(wrong)}")
     return encoder
 
 

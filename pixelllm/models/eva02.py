@@ -7,9 +7,14 @@ grid of pretraining: an option here. Its norms inside the feed-forward layers ha
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import timm
-from timm.models.eva import Eva
+from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
+
+from pixelllm.weights import load_exactly, read_weights
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB, 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
@@ -108,8 +113,33 @@ def eva02_from_timm(
     vit = timm.create_model(
         name,
         pretrained=pretrained,
-        **_AS_FEATURES,
+        num_classes=0,
+        dynamic_img_size=True,
         drop_path_rate=drop_path,
         **positions,
     )
+    if isinstance(vit.norm, nn.Identity):
+        # Where timm pools it puts the last norm of pretraining behind that; we norm all tokens.
+        vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
     return Eva02Encoder(vit)
+
+
+def load_eva02_file(path: str | Path, encoder: Eva02Encoder) -> None:
+    """Weights from a file: timm's, open_clip's or EVA-02's own, safetensors or torch.
+
+    The position table is resized to the grid of the encoder's; heads and the token that
+    pretraining masks with are left out. Raises as `read_weights` and `load_exactly`.
+    """
+    state, vit = read_weights(path), encoder.vit
+    patches = next(
+        (v.shape[-1] for k, v in state.items() if k.endswith("patch_embed.proj.weight")), 0
+    )
+    if patches and patches != vit.patch_embed.patch_size[0]:  # timm would resample it
+        raise ValueError(
+            f"{path}: patches of {patches} pixels, not {vit.patch_embed.patch_size[0]}"
+        )
+    state = checkpoint_filter_fn(state, vit)
+    state = {
+        re.sub("^fc_norm", "norm", k): v for k, v in state.items() if not k.startswith("head.")
+    }
+    load_exactly(vit, state, str(path))
