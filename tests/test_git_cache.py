@@ -79,7 +79,7 @@ def test_autocast_holds_for_the_steps_and_not_for_the_head(model, prompt):
             logits = steps(token_ids, t)
             assert logits.dtype == torch.float32
             torch.testing.assert_close(logits, expected(token_ids, t), atol=0.1, rtol=0.05)
-    assert steps.layers[0].keys.dtype == steps.layers[0].inner.weight.dtype == torch.bfloat16
+    assert steps.layers[0].kept.dtype == steps.layers[0].inner.weight.dtype == torch.bfloat16
 
 
 def test_a_model_in_bfloat16_generates(generator):

@@ -33,17 +33,18 @@ class _Linear(NamedTuple):
     bias: Tensor
     is_packed: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, with_gelu: bool = False) -> Tensor:
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+            after = "gelu" if with_gelu else "none"
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "none")
+        result = F.linear(x, self.weight, self.bias)
+        return F.gelu(result) if with_gelu else result
 
 
 class _Layer(NamedTuple):
     """One post-norm layer, with its keys and values of all words so far."""
 
-    keys: Tensor  # float[R, H, S + T * A, d], the prompt's, then those of each step's beams
-    values: Tensor
+    kept: Tensor  # keys, values: float[2, R, H, S + T * A, d], the prompt's, then each step's beams
     query_key_value: _Linear
     output: _Linear
     attention_norm: nn.LayerNorm
@@ -67,13 +68,10 @@ class GitSteps:
         device = prompt.states.device
         self.decoder, self.num_beams, self.num_keys = decoder, num_beams, S
         rows, keys = R * num_beams, S + max_words * num_beams
-        seen = DynamicCache()
         visible = ~prompt.padding[:, None, None]  # (R, 1, 1, S)
-        decoder.encoder(prompt.states, visible, past_key_values=seen)
-        self.layers = [
-            _layer(module, rows, _room(kept.keys, keys), _room(kept.values, keys))
-            for module, kept in zip(decoder.encoder.layer, seen.layers, strict=True)
-        ]
+        kept = [_room(seen, keys) for seen in _read_prompt(decoder, prompt.states, visible)]
+        modules = zip(decoder.encoder.layer, kept, strict=True)
+        self.layers = [_layer(module, rows, room) for module, room in modules]
         with torch.autocast(device.type, enabled=False):
             self.head = _linear(rows, decoder.output.weight.float(), decoder.output.bias.float())
         self.hidden_keys = torch.full((R, 1, num_beams, keys), -torch.inf, device=device)
@@ -89,7 +87,7 @@ class GitSteps:
         mask = self.hidden_keys[..., :end]
         hidden = decoder.embed(token_ids[:, t : t + 1], start=t)[:, 0]  # (R * A, D)
         for layer in self.layers:
-            hidden = self._step(layer, hidden, mask.to(layer.keys.dtype))
+            hidden = self._step(layer, hidden, mask.to(layer.kept.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float())
 
@@ -99,35 +97,46 @@ class GitSteps:
         seen.copy_(seen.gather(2, beams[:, None, :, None].expand_as(seen)))
 
     def _step(self, layer: _Layer, hidden: Tensor, mask: Tensor) -> Tensor:
-        R, H, _, d = layer.keys.shape
+        _, R, H, _, d = layer.kept.shape
         projected = layer.query_key_value(hidden).view(R, self.num_beams, 3, H, d)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)  # (R, H, A, d) each
-        end = self.num_keys
-        keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
-        keys[:, :, end - self.num_beams :] = key
-        values[:, :, end - self.num_beams :] = value
-        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        projected = projected.permute(2, 0, 3, 1, 4)  # (3, R, H, A, d)
+        kept = layer.kept[:, :, :, : self.num_keys]
+        kept[:, :, :, -self.num_beams :] = projected[1:]
+        read = F.scaled_dot_product_attention(projected[0], *kept, attn_mask=mask)
         read = read.transpose(1, 2).reshape(hidden.shape)
         hidden = layer.attention_norm(hidden + layer.output(read))
-        return layer.norm(hidden + layer.outer(F.gelu(layer.inner(hidden))))
+        return layer.norm(hidden + layer.outer(layer.inner(hidden, with_gelu=True)))
 
 
-def _room(prompt: Tensor, length: int) -> Tensor:
-    """float[R, H, S, d] at the beginning of float[R, H, length, d]."""
-    R, H, S, d = prompt.shape
-    room = prompt.new_empty(R, H, length, d)
-    room[:, :, :S] = prompt
+def _read_prompt(decoder: GitDecoder, states: Tensor, visible: Tensor) -> list[Tensor]:
+    """Keys and values of every layer, float[2, R, H, S, d] each."""
+    seen = DynamicCache()
+    *others, last = decoder.encoder.layer
+    for module in others:
+        states = module(states, visible, past_key_values=seen)
+    own = last.attention.self  # nobody reads what the last layer makes of the prompt
+    heads = (own.num_attention_heads, own.attention_head_size)
+    key, value = (
+        part(states).unflatten(-1, heads).transpose(1, 2) for part in (own.key, own.value)
+    )
+    seen.update(key, value, len(others))
+    return [torch.stack([layer.keys, layer.values]) for layer in seen.layers]
+
+
+def _room(seen: Tensor, length: int) -> Tensor:
+    """float[2, R, H, S, d] at the beginning of float[2, R, H, length, d]."""
+    room = seen.new_empty(*seen.shape[:3], length, seen.shape[-1])
+    room[:, :, :, : seen.shape[3]] = seen
     return room
 
 
-def _layer(module: nn.Module, rows: int, keys: Tensor, values: Tensor) -> _Layer:
+def _layer(module: nn.Module, rows: int, kept: Tensor) -> _Layer:
     attention = module.attention
     projections = (attention.self.query, attention.self.key, attention.self.value)
     weight = torch.cat([projection.weight for projection in projections])
     bias = torch.cat([projection.bias for projection in projections])
     return _Layer(
-        keys,
-        values,
+        kept,
         _linear(rows, weight, bias),
         _linear(rows, attention.output.dense.weight, attention.output.dense.bias),
         attention.output.LayerNorm,
