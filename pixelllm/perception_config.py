@@ -7,6 +7,8 @@ from typing import Literal
 
 from pixelllm.config import LanguageConfig
 
+VisInput = Literal["box", "mask", "random"]
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -27,7 +29,7 @@ class ClipConfig:
 class VisConfig:
     """What `<vis>` is encoded from and decoded to."""
 
-    read: Literal["box", "mask", "random"] = "box"  # by the language model; the release's is box
+    read: VisInput = "box"  # what of an object the language model reads, the release's choice
     box_hidden: int = 512
     mask_size: int = 256  # side of the masks that are encoded and compared
     mask_bottleneck: int = 512

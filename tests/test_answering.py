@@ -79,12 +79,10 @@ def answer(network: PerceptionGPTNetwork, images: Tensor, **options) -> Answers:
 
 
 def assert_same(found: Answers, expected: Answers) -> None:
+    """Integers exactly, numbers but for the order of sums."""
     for name, value in found._asdict().items():
-        if value.dtype.is_floating_point:
-            value, other = value.nan_to_num(), getattr(expected, name).nan_to_num()
-            assert_close(value, other, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
-        else:
-            assert torch.equal(value, getattr(expected, name)), name
+        tolerance = {"atol": 1e-4, "rtol": 1e-4} if value.is_floating_point() else {}
+        assert_close(value, getattr(expected, name), **tolerance, msg=lambda m, n=name: n + m)
 
 
 SEARCHES = (
@@ -121,9 +119,9 @@ def test_a_prompt_is_answered_as_if_it_were_alone(
     of_row = together.row == 3
     assert torch.equal(together.token_ids[3, :T], alone.token_ids[0])
     assert len(alone.boxes)
-    assert_close(together.boxes[of_row], alone.boxes, atol=1e-5, rtol=1e-4)
+    assert_close(together.boxes[of_row], alone.boxes, atol=1e-4, rtol=1e-4)
     assert_close(together.masks[of_row], alone.masks, atol=1e-4, rtol=1e-4)
-    assert_close(together.log_probs[3, :T], alone.log_probs[0], atol=1e-5, rtol=1e-4)
+    assert_close(together.log_probs[3, :T], alone.log_probs[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -147,7 +145,7 @@ def test_answers_are_those_of_a_parallel_pass(
     ids = tokens.token_ids[tokens.is_answer]
     log_probs = log_probs.gather(-1, ids[:, None])[:, 0]
     assert_close(log_probs, found.log_probs[~found.padding], atol=1e-4, rtol=1e-4)
-    assert_close(told.boxes, found.boxes, atol=1e-5, rtol=1e-4)
+    assert_close(told.boxes, found.boxes, atol=1e-4, rtol=1e-4)
 
 
 def test_beams_find_answers_at_least_as_probable(network: PerceptionGPTNetwork, images: Tensor):
@@ -169,6 +167,14 @@ def test_sampling_follows_its_generator(network: PerceptionGPTNetwork, images: T
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
     assert torch.equal(drawn(1, top_p=1e-6), answer(network, images).token_ids)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"num_beams": 0}], ids=str)
+def test_no_token_and_no_beam_are_refused(
+    network: PerceptionGPTNetwork, images: Tensor, wrong: dict
+):
+    with pytest.raises(ValueError, match=" 0.*: expected 1 or more"):
+        answer(network, images, **wrong)
 
 
 def test_prompts_padded_on_the_right_are_refused(network: PerceptionGPTNetwork, images: Tensor):

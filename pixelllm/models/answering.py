@@ -75,18 +75,25 @@ def write_answers(
     feed_masks: bool = False,
     with_masks: bool = True,
 ) -> Answers:
-    """Go on with R prompts about B images, R = B * K.
+    """Go on with R prompts about B images, R = B * K, by a network in evaluation mode.
 
     Args:
         images: uint8 or float[B, 3, S, S] in 0..255, padded to a square.
-        token_ids, padding: int64 and bool[R, T], padded on the left (else ValueError).
+        token_ids, padding: int64 and bool[R, T], padded on the left.
         objects: of the `<vis>` in the prompts.
         choose: the next tokens.
         num_beams: above 1, beam search by the rules of `pixelllm.decoding` instead.
         use_cache: off, everything is read again for each word; the answers are the same.
         feed_masks: read `<vis>` back as its mask instead, as a model of `VisInput` "mask" does.
         with_masks: decode the masks of the answers.
+
+    Raises:
+        ValueError: padding at the end of a prompt, no token or no beam asked for, or markers that
+            do not fit as in `PerceptionGPTNetwork.embed`.
     """
+    if min(max_new_tokens, num_beams) < 1:
+        given = f"max_new_tokens {max_new_tokens}, num_beams {num_beams}"
+        raise ValueError(f"{given}: expected 1 or more of both")
     if padding[:, -1].any():
         raise ValueError("prompts are padded on the left; this one ends in padding")
     views = network.view(images)

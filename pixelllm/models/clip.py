@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # RGB, 0..255
-PIXEL_STD = (68.5005327, 66.6321375, 70.3231626)
+PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
 
 
 class FusedClip(nn.Module):

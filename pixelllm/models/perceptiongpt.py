@@ -9,7 +9,7 @@ answers alone.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from pixelllm.models.mask_encoder import MaskEncoder
 from pixelllm.models.trunk import Language
 from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
 from pixelllm.models.vis_masks import VisMaskHead
-
-VisInput = Literal["box", "mask", "random"]
+from pixelllm.perception_config import VisInput
 
 
 class Tokens(NamedTuple):
@@ -172,18 +171,18 @@ class PerceptionGPTNetwork(nn.Module):
         return embeddings
 
 
-def draw_by_mask(vis_input: VisInput, has_mask: Tensor) -> Tensor:
+def draw_by_mask(read: VisInput, has_mask: Tensor) -> Tensor:
     """Which objects the language model reads as a mask, bool[M].
 
     The paper draws both encoders; the release reads boxes alone (reference, section 2.2).
 
     Args:
-        vis_input: "random" draws for each object, from torch's generator as dropout does.
+        read: "random" draws for each object, from torch's generator as dropout does.
         has_mask: bool[M]; the others are read as boxes.
     """
-    if vis_input == "random":
+    if read == "random":
         return has_mask & (torch.rand(has_mask.shape, device=has_mask.device) < 0.5)
-    return has_mask & (vis_input == "mask")
+    return has_mask & (read == "mask")
 
 
 def check_trunk(language: Language, markers: MarkerIds) -> None:
