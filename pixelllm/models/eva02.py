@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 
 import timm
-from timm.models.eva import Eva, checkpoint_filter_fn
+import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva, EvaAttention, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from pixelllm.weights import load_exactly, read_weights
@@ -20,6 +22,35 @@ PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB, 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
 
 _AS_FEATURES = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+
+
+class RotaryAttention(EvaAttention):
+    """timm's attention with its rotations as one product of complex numbers.
+
+    timm rotates interleaved pairs of channels in six passes over the queries and the keys, all but
+    the class token, which it cuts off and puts back; here the class token turns by nothing.
+    """
+
+    def forward(self, x: Tensor, rope: Tensor, attn_mask: None, is_causal: bool) -> Tensor:
+        """float[B, T, C] and sines and cosines of pairs, float[T - 1, 2 * d] -> float[B, T, C]."""
+        if self.qkv is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        sines, cosines = rope.float()[:, ::2].chunk(2, dim=-1)  # (T - 1, d / 2)
+        start = (0, 0, self.num_prefix_tokens, 0)
+        turns = torch.complex(F.pad(cosines, start, value=1.0), F.pad(sines, start))[:, None]
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in (turn(q, turns), turn(k, turns), v))
+        found = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(self.norm(found.transpose(1, 2).flatten(2)))
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Pairs of channels of float[B, T, heads, d] as complex numbers, times complex[T, 1, d / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(3, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(3).to(x.dtype)
 
 
 class Eva02Encoder(nn.Module):
@@ -34,6 +65,10 @@ class Eva02Encoder(nn.Module):
         super().__init__()
         self.vit = vit
         self.out_channels = vit.embed_dim
+        for block in vit.blocks:
+            block.attn.__class__ = (
+                RotaryAttention  # the parameters stay where checkpoints have them
+            )
         if stem is not None:
             vit.patch_embed.proj = stem
 

@@ -2,7 +2,8 @@
 
 The modules are `segment_anything`'s, so official checkpoints load unchanged. What is added:
   * the encoder takes other input sizes than it was built for, its position tables resized with
-    antialiasing as the PixelLLM release does, and attention runs through fused kernels;
+    antialiasing as the PixelLLM release does; attention runs through fused kernels, and windows
+    that reach over the edge cost no projections of what is not there;
   * boxes become prompt tokens the PixelLLM way; positions are float32 under autocast;
   * the mask decoder takes a batch of images with several prompts each.
 The release keeps stochastic depth on in its frozen encoder while training; we do not.
@@ -11,11 +12,11 @@ The release keeps stochastic depth on in its frozen encoder while training; we d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import segment_anything.modeling as official
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from pixelllm.models.two_way import two_way
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
+BIASES_AT_ONCE = 2**22  # of pairs of cells: bounds memory, and keeps them in a cache
 NUM_BOX_TOKENS = 5  # two corners; the release fills up to the length of its point prompts
 
 
@@ -52,26 +54,14 @@ class SamEncoder(official.ImageEncoderViT):
         mlp_ratio: float = 4.0,
         stem: nn.Module | None = None,
     ) -> None:
-        super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            embed_dim=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            out_chans=out_channels,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=window_size,
-            global_attn_indexes=tuple(global_blocks),
-        )
+        super().__init__(image_size, patch_size, 3, width, depth=0, out_chans=out_channels)
         self.patch_size = patch_size
         self.out_channels = out_channels
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.blocks:
-            side = block.window_size or image_size // patch_size
-            grid = (side, side)
-            block.attn = RelativeAttention(width, num_heads, use_rel_pos=True, input_size=grid)
+        for index in range(depth):
+            window = None if index in global_blocks else window_size
+            side = window or image_size // patch_size
+            self.blocks.append(WindowedBlock(width, num_heads, mlp_ratio, side, window))
         if stem is not None:
             self.patch_embed.proj = stem
 
@@ -81,28 +71,91 @@ class SamEncoder(official.ImageEncoderViT):
         if height % self.patch_size or width % self.patch_size:
             multiples = f"images whose sides are multiples of {self.patch_size}"
             raise ValueError(f"SAM takes {multiples}, not {height} x {width}")
-        x = self.patch_embed(images)  # (B, h, w, C)
-        table = self.pos_embed.permute(0, 3, 1, 2)
-        x = x + resize(table, x.shape[1:3], "bicubic").permute(0, 2, 3, 1)
+        # A convolution's result lies channels first in memory; every later sum would, too.
+        x = self.patch_embed(images).contiguous()  # (B, h, w, C)
+        x = x + resize_table(self.pos_embed[0], x.shape[1:3])
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class RelativeAttention(Attention):
-    """SAM's attention on fused kernels, for grids of another size than its position tables'."""
+class WindowedBlock(nn.Module):
+    """SAM's transformer block; `window` is the side of its windows in cells, None for none."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, side: int, window: int | None
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        grid = (side, side)
+        self.attn = RelativeAttention(width, num_heads, use_rel_pos=True, input_size=grid)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLPBlock(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        """float[B, h, w, C] -> the same."""
+        x = x + self.attn(self.norm1(x), self.window)
+        return x + self.mlp(self.norm2(x))
+
+
+class RelativeAttention(Attention):
+    """SAM's attention on fused kernels, for grids of another size than its position tables'.
+
+    Windows are cut after the projections, so that only cells of the grid are projected. Those that
+    SAM pads the last windows with are zero before the projections: one stands for all.
+    """
+
+    def forward(self, x: Tensor, window: int | None) -> Tensor:
         B, h, w, C = x.shape
-        qkv = self.qkv(x).view(B, h * w, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, h * w, d) each
-        grid = q.unflatten(2, (h, w))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w))
-        bias = rows[..., None] + columns[..., None, :]  # (B, heads, h, w, h, w)
-        bias = bias.flatten(4).flatten(2, 3).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+        cells = x.flatten(1, 2)
+        if window is None:
+            found = self.attend(self.qkv(cells), h, w)
+        else:
+            order = window_order(h, w, window, x.device)
+            qkv = self.qkv(F.pad(cells, (0, 0, 0, 1))).index_select(1, order)
+            found = self.attend(qkv.view(-1, window**2, 3 * C), window, window)
+            places = order.argsort(stable=True)[: h * w]
+            found = found.reshape(B, -1, C).index_select(1, places)
+        return self.proj(found).view(B, h, w, C)
+
+    def attend(self, qkv: Tensor, h: int, w: int) -> Tensor:
+        """float[R, h * w, 3 * C] of R grids -> float[R, h * w, C]."""
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        grid = q.unflatten(2, (h, w))  # (R, heads, h, w, d)
+        tables = relative_positions(self.rel_pos_h, h), relative_positions(self.rel_pos_w, w)
+        at_once = max(BIASES_AT_ONCE // (len(q) * self.num_heads * w * h * w), 1)  # rows of cells
+        found = []
+        for part, table in zip(grid.split(at_once, 2), tables[0].split(at_once), strict=True):
+            rows = torch.einsum("bnhwc,hkc->bnhwk", part, table)
+            columns = torch.einsum("bnhwc,wkc->bnhwk", part, tables[1])
+            bias = (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3).to(q.dtype)
+            part = part.flatten(2, 3)
+            read = F.scaled_dot_product_attention(part, k, v, attn_mask=bias, scale=self.scale)
+            found.append(read.transpose(1, 2))  # (R, cells, heads, d)
+        return torch.cat(found, dim=1).flatten(2)
+
+
+def window_order(h: int, w: int, window: int, device: torch.device) -> Tensor:
+    """Indices of the cells of a grid, window after window; h * w for those outside the grid."""
+    cells = torch.arange(h * w, device=device).view(h, w)
+    cells = F.pad(cells, (0, -w % window, 0, -h % window), value=h * w)
+    cells = cells.unflatten(1, (-1, window)).unflatten(0, (-1, window))
+    return cells.transpose(1, 2).flatten()
+
+
+def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions [S, S, C] of another grid, float[h, w, C], as `resize` would make them.
+
+    Channels lie last, so resizing is a matrix product on either side, many times faster.
+    """
+    h, w = size
+    S = len(table)
+    eye = torch.eye(S, device=table.device)[None, None]
+    rows, columns = (resize(eye, (S, n), "bicubic")[0, 0].T for n in (h, w))
+    with torch.autocast(table.device.type, enabled=False):
+        resized = (rows @ table.float().flatten(1)).view(h, S, -1)
+        return (columns @ resized).to(table.dtype)
 
 
 def relative_positions(table: Tensor, side: int) -> Tensor:
