@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,25 @@ def require_fit(state: dict[str, Tensor], expected: dict[str, Tensor], source: s
         {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
         for tensors in (state, expected)
     )
+    refuse_misfits(
+        source,
+        [name for name in wanted if name not in found],
+        [name for name in found if name not in wanted],
+        [(name, found[name], s) for name, s in wanted.items() if found.get(name, s) != s],
+    )
+
+
+def refuse_misfits(
+    source: str,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise ValueError where there are any; misshapen are (name, shape found, shape expected)."""
     faults = (
-        [f"missing {name}" for name in wanted if name not in found],
-        [f"unexpected {name}" for name in found if name not in wanted],
-        [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s],
+        [f"missing {name}" for name in missing],
+        [f"unexpected {name}" for name in unexpected],
+        [f"{name} is {found}, expected {wanted}" for name, found, wanted in misshapen],
     )
     if any(faults):
         head = f"{source}: these weights do not fit the model of this configuration"

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_names, load_golden
 from flax_language import t5_trunk
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -318,6 +321,44 @@ def test_loading_a_folder_restores_the_trunk(build, tmp_path, batch, words):
     hidden = loaded(*batch, *words)
     torch.testing.assert_close(hidden, expected)
     torch.testing.assert_close(loaded.logits(hidden), saved.logits(expected))
+
+
+@pytest.mark.parametrize("build", [t5, llama])
+def test_a_folder_of_shards_equals_transformers_own_forward(build, tmp_path, words):
+    torch.manual_seed(0)
+    build().model.save_pretrained(tmp_path, max_shard_size="3KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    ours, token_ids = load_trunk(tmp_path).eval(), words[0]
+    empty = token_ids[:, :0]
+    if build is t5:
+        theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+        expected = theirs(input_ids=token_ids[:, :3], decoder_input_ids=token_ids).logits
+    else:
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        expected = theirs(input_ids=torch.cat([token_ids[:, :3], token_ids], 1)).logits[:, 3:]
+    no_padding = torch.zeros_like(token_ids).bool()
+    hidden = ours(ours.embed(token_ids[:, :3]), empty, empty.bool(), token_ids, no_padding)
+    torch.testing.assert_close(ours.logits(hidden), expected)
+
+
+def test_a_folder_that_does_not_fit_is_refused_with_a_list(tmp_path):
+    """transformers draws what is missing at random, with a warning among many."""
+    t5().model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file) | {"odd": torch.zeros(1)}
+    del state["decoder.block.0.layer.2.DenseReluDense.wo.weight"]
+    state["encoder.final_layer_norm.weight"] = torch.zeros(3)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        load_trunk(tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(str(tmp_path))
+    assert "missing decoder.block.0.layer.2.DenseReluDense.wo.weight" in lines[1]
+    assert "unexpected odd" in lines[2]
+    assert "encoder.final_layer_norm.weight is (3,), expected (16,)" in lines[3]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a readable language model"):
+        load_trunk(tmp_path)
 
 
 def test_other_encoder_decoders_are_refused():

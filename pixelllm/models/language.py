@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from pixelllm.models.trunk import Generation, Language, Prompt, join
-from pixelllm.weights import pretrained_source
+from pixelllm.weights import pretrained_source, refuse_misfits
 
 # The official code adds this to masked attention scores. Unlike -inf it makes a row without any
 # valid key an average over all keys.
@@ -246,15 +247,23 @@ def load_trunk(
     Weights that GGUF holds in blocks of few bits become plain ones, so that LoRA can train on them.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: an encoder-decoder that is not of the T5 family, or a damaged file.
+        OSError: there is no such model, or a shard of it is missing.
+        ValueError: an encoder-decoder that is not of the T5 family, a damaged file, or weights that
+            are missing, unexpected or misshapen.
     """
     source, options = pretrained_source(name_or_path)
-    config = AutoConfig.from_pretrained(source, **options)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    loading = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model = kind.from_pretrained(source, config=config, dtype=dtype, **options)
+        loading["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, found = kind.from_pretrained(source, config=config, **loading, **options)
+    except (SafetensorError, ValueError, LookupError) as error:
+        raise ValueError(f"{name_or_path}: not a readable language model: {error}") from error
+    odd = [(key, *map(tuple, shapes)) for key, *shapes in sorted(found["mismatched_keys"])]
+    kinds = (sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), odd)
+    refuse_misfits(str(name_or_path), *kinds)
     wrapper = EncoderDecoderLanguage if config.is_encoder_decoder else DecoderOnlyLanguage
     return wrapper(model)
 
