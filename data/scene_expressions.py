@@ -16,7 +16,7 @@ from random import Random
 from typing import NamedTuple
 
 from data.scene_narrations import BACKDROPS, SIZE_WORDS
-from data.scene_worlds import Scene, SceneObject, World
+from data.scene_worlds import COLOURS, KINDS, Scene, SceneObject, World
 
 MARGIN = 0.08  # what is left of something is so far left, as a share of the image's side
 SIZE_MARGIN = 1.2  # the largest object is so many times larger than the next
@@ -227,7 +227,10 @@ def _worded(rng: Random, description: Description) -> str:
 
 
 def questions(rng: Random, scene: Scene, world: World, for_training: bool) -> list[tuple[str, str]]:
-    """A few questions with their short answers; `for_training` as in `expressions`."""
+    """A few questions with their short answers; `for_training` as in `expressions`.
+
+    The last ones make up for what the others ask rarely: counts that are not one, and places.
+    """
     things = scene.objects
     kinds = Counter(thing.kind for thing in things)
     thing = rng.choice(things)
@@ -235,18 +238,42 @@ def questions(rng: Random, scene: Scene, world: World, for_training: bool) -> li
     asked = rng.choice((None, rng.choice(many)))
     count = kinds[asked] if asked else len(things)
     found = [
-        (f"How many {_plural(asked or 'object')} are there?", _number(count)),
+        (_how_many(plural(asked or "object")), _number(count)),
         _is_there(rng, scene, world),
         ("What is in the background?", BACKDROPS[scene.background]),
     ]
     if kinds[thing.kind] == 1:
         found.append((f"What color is the {thing.kind}?", thing.colour))
-    found += _what_is(rng, scene, for_training)
-    return rng.sample(found, min(len(found), 4))
+    anchor, relation = rng.choice(scene.objects), rng.choice(list(RELATIONS))
+    found += _what_is(rng, scene, anchor, relation, for_training)
+    chosen = rng.sample(found, min(len(found), 4))
+    chosen += _counted(rng, scene, world, {question for question, _ in chosen})
+    places = [(thing, relation) for thing in things for relation in RELATIONS]
+    rng.shuffle(places)
+    related = (pair for place in places for pair in _what_is(rng, scene, *place, for_training))
+    chosen += islice((pair for pair in related if pair not in chosen), 1)
+    return chosen
 
 
-def _plural(noun: str) -> str:
+def _how_many(nouns: str) -> str:
+    return f"How many {nouns} are there?"
+
+
+def plural(noun: str) -> str:
+    """The noun of several; fish stay fish."""
     return noun if noun == "fish" else noun + ("es" if noun.endswith("h") else "s")
+
+
+def _counted(rng: Random, scene: Scene, world: World, asked: set[str]) -> Iterator[tuple[str, str]]:
+    """How many there are of a kind or colour; every count that occurs is as likely."""
+    counts = Counter(plural(thing.kind) for thing in scene.objects)
+    counts.update(f"{thing.colour} objects" for thing in scene.objects)
+    nouns = [plural(kind) for kind in KINDS[: world.kinds]]
+    nouns += [f"{colour} objects" for colour in list(COLOURS)[: world.colours]]
+    nouns = [noun for noun in nouns if _how_many(noun) not in asked]
+    count = rng.choice(sorted({counts[noun] for noun in nouns}))
+    noun = rng.choice([noun for noun in nouns if counts[noun] == count])
+    yield _how_many(noun), _number(count)
 
 
 def _number(count: int) -> str:
@@ -268,9 +295,10 @@ def _is_there(rng: Random, scene: Scene, world: World) -> tuple[str, str]:
     return question, "yes" if is_present else "no"
 
 
-def _what_is(rng: Random, scene: Scene, for_training: bool) -> Iterator[tuple[str, str]]:
-    """The object that alone is so related to another one."""
-    anchor, relation = rng.choice(scene.objects), rng.choice(list(RELATIONS))
+def _what_is(
+    rng: Random, scene: Scene, anchor: SceneObject, relation: str, for_training: bool
+) -> Iterator[tuple[str, str]]:
+    """The object that alone is so related to another one, if there is such an object."""
     name = Description(anchor.kind, anchor.colour)
     index = referent(scene, Description(relation=relation, anchor=name))
     if index is None:

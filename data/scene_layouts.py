@@ -1,4 +1,4 @@
-"""Published annotation layouts of scenes: narratives, COCO, refer, MDETR, SeqTR, VG, LLaVA.
+"""Published layouts of scenes: narratives, COCO, refer, MDETR, SeqTR, VG, LLaVA, Flickr30k.
 
 Everything a scene adds to every file is made in one place (`entries_of`), as text, and put
 together in another (`write_annotations`). A scene's annotations, regions and expressions are
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from data.scene_captions import Part, entity_files
 from data.scene_expressions import Expression
 from data.scene_narrations import BACKDROPS, Narration
 from data.scene_worlds import COLOURS, KINDS, Scene
 
 REFS_FILE = "refer/refs(unc).p"
+ENTITIES_FILE = "flickr30k/annotations.zip"
 INFO = {"description": "procedural scenes", "version": "2.0"}
 WHOLE = ""  # name of a list that is a whole file
 
@@ -45,6 +48,7 @@ class Example:
     phrases: list[str]  # a region phrase per object
     expressions: list[Expression]
     questions: list[tuple[str, str]]  # with answers
+    captions: list[list[Part]]  # grounded sentences
 
     @property
     def file_name(self) -> str:
@@ -54,9 +58,10 @@ class Example:
 class Entries(NamedTuple):
     """What a scene adds to the annotation files, by file name; all but refs as JSON text."""
 
-    lines: dict[str, str]  # JSON Lines files
+    lines: dict[str, str]  # files of lines
     lists: dict[str, dict[str, list[str]]]  # JSON files: entries by the name of their list
     refs: list[dict[str, Any]]  # of the one pickled file
+    members: dict[str, str]  # of the one archive
 
 
 def entries_of(example: Example) -> Entries:
@@ -83,8 +88,10 @@ def entries_of(example: Example) -> Entries:
     lines = {
         f"scenes_{split}_localized_narratives.jsonl": json.dumps(narrative_line(example)),
         f"scenes_{split}_truth.jsonl": json.dumps(truth_line(example)),
+        f"flickr30k/{split}.txt": example.file_name.removesuffix(".jpg"),
     }
-    return Entries(lines, lists, _refs(example, objects))
+    members = entity_files(example.captions, example.scene, objects, example.file_name)
+    return Entries(lines, lists, _refs(example, objects), members)
 
 
 def _texts(entries: list[dict[str, Any]]) -> list[str]:
@@ -263,7 +270,11 @@ def write_annotations(entries: Iterable[Entries], folder: Path) -> None:
     refs: list[dict[str, Any]] = []
     with ExitStack() as stack:
         streams: dict[str, TextIO] = {}
+        (folder / ENTITIES_FILE).parent.mkdir()
+        archive = stack.enter_context(zipfile.ZipFile(folder / ENTITIES_FILE, "w"))
         for entry in entries:
+            for member, text in entry.members.items():
+                archive.writestr(zipfile.ZipInfo(member), text)
             for file, line in entry.lines.items():
                 if file not in streams:
                     streams[file] = stack.enter_context(open(folder / file, "w"))

@@ -3,10 +3,10 @@
     python -m data.scenes runs/scenes --train 20000 --val 500 --seed 0
     python -m data.scenes runs/crowded --train 4000 --objects 10 14 --min-size 0.13 --max-size 0.3
 
-Writes JPEG images; narratives, instances, captions, referring expressions, regions and
-conversations in the layouts of the corpora (`data.scene_layouts`); and a truth file that says
-which object every mention and expression is about. Scene i of a split depends on the seed, the
-split, i and the world, on nothing else.
+Writes JPEG images; narratives, instances, captions, referring expressions, regions, conversations
+and grounded captions in the layouts of the corpora (`data.scene_layouts`); and a truth file that
+says which object every mention and expression is about. Scene i of a split depends on the seed,
+the split, i and the world, on nothing else.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from data.scene_captions import grounded_captions
 from data.scene_expressions import expressions, questions, region_phrase
 from data.scene_images import draw_scene
 from data.scene_layouts import Entries, Example, entries_of, write_annotations
@@ -35,7 +36,7 @@ from data.scene_narrations import Order, Verbosity, narrate
 from data.scene_worlds import Scene, World, plan_scene
 
 OPTIONS_FILE = "scenes.json"
-FORMAT = 2  # of the written files; folders of another one are not taken for complete
+FORMAT = 3  # of the written files; folders of another one are not taken for complete
 FIRST_ID = {"train": 1, "val": 900_000_001}
 IDS_PER_SCENE = 1000  # more than 128 objects with three expressions each
 JPEG_QUALITY = 92
@@ -82,7 +83,8 @@ class Options:
 def make_example(options: Options, split: str, index: int) -> Example:
     """Scene `index` of a split, with its picture and all that is said about it.
 
-    Picture, narration and expressions have generators of their own: other words, same picture.
+    Picture, narration, expressions and captions have generators of their own: other words, same
+    picture.
     """
     seeds = [options.seed, FIRST_ID[split], index]
     rng = np.random.default_rng([*seeds, 0])
@@ -104,6 +106,7 @@ def make_example(options: Options, split: str, index: int) -> Example:
         phrases=[region_phrase(thing) for thing in scene.objects],
         expressions=expressions(writer, scene, is_train),
         questions=questions(writer, scene, options.world, is_train),
+        captions=grounded_captions(Random(f"captions {seeds}"), scene),
     )
 
 

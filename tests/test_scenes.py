@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from data import llava, refcoco, visual_genome
+from data import flickr30k, llava, refcoco, visual_genome
 from data.scene_expressions import parse_region
 from data.scene_images import SHAPES, draw_scene
 from data.scene_layouts import narrative_line, short_caption
@@ -427,6 +427,41 @@ def test_the_reader_of_conversations_takes_every_answer(written: Path, tmp_path:
     answers = [phrase.caption for record in records for phrase in record.phrases]
     assert answers == [turn["value"] for turn in turns if turn["from"] == "gpt"]
     assert len(records) == 80 and len(answers) > 200
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_reader_of_grounded_captions_takes_every_phrase(
+    written: Path, tmp_path: Path, split: str
+):
+    """Every object is named once in the first sentence of its image, at its box."""
+    folder = written / "annotations/flickr30k"
+    flickr30k.convert(
+        folder / "annotations.zip", written / split, tmp_path / "table", folder / f"{split}.txt"
+    )
+    records, groups = list(Table(tmp_path / "table")), 0
+    truth = {f"{split}/{line['image_id']}": line["objects"] for line in truth_of(written, split)}
+    assert [record.id for record in records] == list(truth)
+    for record in records:
+        things = truth[record.id]
+        first, *others = record.phrases
+        assert first.task == "grounded" and first.caption[0].isupper()
+        named = object_mentions(first.caption)
+        assert sorted(m[2:] for m in named) == sorted((t["colour"], t["kind"]) for t in things)
+        boxes = {(thing["colour"], thing["kind"]): thing["box"] for thing in things}
+        for (start, end, *name), piece in zip(named, first.pieces, strict=True):
+            assert first.caption[piece.start : piece.end].lower().split()[0] in ("a", "an")
+            assert piece.start < start and piece.end == end
+            np.testing.assert_allclose(piece.box, boxes[tuple(name)], atol=1e-4)
+        kinds = Counter(thing["kind"] for thing in things)
+        assert len(others) == (len(kinds) < len(things))
+        for sentence in others:
+            groups += 1
+            found = Counter((piece.start, piece.end) for piece in sentence.pieces)
+            counted = [sentence.caption[start:end].split()[0].lower() for start, end in found]
+            assert sorted(found.values()) == sorted(kinds.values())
+            numbers = {1: ("a", "an"), 2: ("two",), 3: ("three",)}
+            assert all(w in numbers[n] for w, n in zip(counted, found.values(), strict=True))
+    assert groups or split == "train"
 
 
 def test_other_worlds_are_possible():
