@@ -1,9 +1,10 @@
-"""The `pixelllm` command: caption images, locate expressions, list objects, inspect runs.
+"""The `pixelllm` command: caption images, locate expressions, list objects, inspect and plan runs.
 
     pixelllm caption photo.jpg --model runs/quickstart --html photo.html
     pixelllm locate photo.jpg "the red car" --model runs/joint-refseg --mask --png car.png
     pixelllm dense photo.jpg --model runs/joint-refseg --html objects.html
     pixelllm info runs/quickstart
+    pixelllm plan ln-coco-t5xl --gpus 8 --memory 80
     pixelllm convert runs/quickstart --step 3000 --out models/at-3000
 
 Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the image.
@@ -25,6 +26,7 @@ from pixelllm.commands.convert import ConvertCommand, convert
 from pixelllm.commands.dense import DenseCommand, dense
 from pixelllm.commands.info import InfoCommand, info
 from pixelllm.commands.locate import LocateCommand, locate
+from pixelllm.commands.plan import PlanCommand, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[LocateCommand, tyro.conf.subcommand("locate")]
         | Annotated[DenseCommand, tyro.conf.subcommand("dense")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
+        | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
     )
     command = tyro.cli(commands, prog="pixelllm", description=__doc__, args=arguments)
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 dense(command)
             case InfoCommand():
                 info(command)
+            case PlanCommand():
+                plan(command)
             case ConvertCommand():
                 convert(command)
     except KeyboardInterrupt:

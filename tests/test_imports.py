@@ -28,7 +28,7 @@ LAYERS = (
      "pixelllm.pretrained", "pixelllm.pictures", "pixelllm.pages", "pixelllm.viewer",
      "pixelllm.overlays", "pixelllm.dense_page"),
     ("pixelllm.training", "pixelllm.evaluation"),
-    ("pixelllm.cli", "pixelllm.commands", "data"),
+    ("pixelllm.cli", "pixelllm.commands", "pixelllm.plan", "data"),
     ("train", "eval"),
 )  # fmt: skip
 FORBIDDEN = {

@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import joint_tables, make_tiny_joint_config, short_training
 
-from pixelllm.models.sam import SamEncoder
 from pixelllm.tables import Table
 from pixelllm.training.captioning import build_stage
-from pixelllm.training.recompute import stacks
 
 
 def step(config, tables) -> tuple[dict[str, torch.Tensor], int]:
@@ -49,12 +47,3 @@ def test_recomputing_gives_the_same_gradients_with_less_memory(architecture, tin
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
     assert kept_less < 0.8 * kept
-
-
-def test_stacks_are_the_outermost_lists_of_blocks():
-    """A checkpoint inside a checkpoint would compute the insides three times."""
-    sizes = {"width": 16, "depth": 3, "num_heads": 2, "out_channels": 8, "window_size": 2}
-    encoder = SamEncoder(image_size=32, patch_size=16, global_blocks=(1,), **sizes)
-    assert [len(blocks) for blocks in stacks(torch.nn.Sequential(encoder))] == [3]
-    nested = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.ModuleList([encoder]))])
-    assert [len(blocks) for blocks in stacks(torch.nn.Sequential(nested))] == [1]

@@ -6,7 +6,7 @@ but for its input, so that a step of the published model needs the memory of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,21 +14,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pixelllm.training.parallel import blocks
+
 
 def recompute_blocks(module: nn.Module) -> None:
     """Checkpoint every block of the module's stacks of blocks, in place."""
-    for blocks in stacks(module):
-        for block in blocks:
-            block.forward = partial(_run, block.forward)
-
-
-def stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost lists of modules inside a module."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from stacks(child)
+    for block in blocks(module):
+        block.forward = partial(_run, block.forward)
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

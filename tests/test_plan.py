@@ -1,0 +1,137 @@
+"""Plans count what a step computes and holds, and say what to change where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from conftest import make_tiny_joint_config, short_training
+
+from pixelllm.cli import main
+from pixelllm.config import Config
+from pixelllm.plan import (
+    Accelerator,
+    Operation,
+    StepCosts,
+    build_shapes,
+    make_batch,
+    measure_step,
+    memory_of,
+    parameters_by_part,
+)
+from pixelllm.pretrained import PixelLLM
+from pixelllm.tokenizer import train_tokenizer
+from pixelllm.training.objectives import weighted_losses
+from pixelllm.training.optimizer import freeze
+
+
+@cache
+def tiny(frozen: tuple[str, ...] = ("sam", "prompt_encoder"), recompute: bool = False) -> Config:
+    config = make_tiny_joint_config(train=short_training(2, frozen=frozen, recompute=recompute))
+    return replace(config, max_tokens=12)
+
+
+def costs_of(config: Config, images: int = 4, source: int = 0) -> StepCosts:
+    return measure_step(config, build_shapes(config), config.sources[source], images)
+
+
+@pytest.mark.parametrize("source", [0, 1, 2])
+def test_the_planned_step_is_the_real_one(source: int):
+    """The peak without values is that of the same step with them, as its hooks see it."""
+    config = tiny()
+    costs = costs_of(config, source=source)
+    torch.manual_seed(0)
+    model = PixelLLM(config, train_tokenizer(["a caption"], 100)).train()
+    freeze(model, config.train.frozen)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = make_batch(config, config.sources[source], 4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = sum(weighted_losses(model, batch, config.loss).values())
+    loss.backward()
+    saved = sum(size for pointer, size in kept.items() if pointer not in weights)
+    assert saved < costs.peak < 2 * saved
+
+
+def test_arithmetic_follows_the_images_and_what_learns():
+    """Frozen encoders cost a forward pass and no backward."""
+    forward, backward = costs_of(tiny()).gflops_per_image
+    again, _ = costs_of(tiny(), images=8).gflops_per_image
+    assert again == pytest.approx(forward, rel=1e-3) and forward > 0
+    frozen = costs_of(tiny(("sam", "prompt_encoder", "eva02"))).gflops_per_image
+    assert frozen[0] == pytest.approx(forward) and frozen[1] < 0.9 * backward
+
+
+def test_recomputing_costs_arithmetic_and_saves_memory():
+    kept, recomputed = costs_of(tiny()), costs_of(tiny(recompute=True))
+    assert recomputed.gflops_per_image[1] > 1.2 * kept.gflops_per_image[1]
+    assert recomputed.peak < 0.8 * kept.peak
+
+
+def test_a_roofline_takes_the_slowest_of_three():
+    device = Accelerator(half=4.0, full=2.0, bandwidth=1.0, memory=0.0, launch=0.5)
+    operations = {
+        Operation(flops=8.0, traffic=1, is_half=True): 1,  # 2 s of arithmetic
+        Operation(flops=8.0, traffic=1, is_half=False): 1,  # 4 s
+        Operation(flops=0.0, traffic=3, is_half=False): 2,  # 3 s of traffic each
+        Operation(flops=0.0, traffic=0, is_half=False): 1,  # its launch
+    }
+    costs = StepCosts(1, Counter(operations), Counter(), peak=0)
+    assert costs.seconds(device) == 2 + 4 + 6 + 0.5
+
+
+def test_memory_is_counted_by_what_learns_and_is_shared_out():
+    config = tiny()
+    model = build_shapes(config)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    counts = parameters_by_part(model)
+    assert tuple(map(sum, zip(*counts.values(), strict=True))) == (learned, frozen)
+    whole = memory_of(model, peak=4 * learned + 1000)
+    assert whole == (4 * (learned + frozen), 4 * learned, 8 * learned, 1000)
+    shared = memory_of(model, peak=4 * learned + 1000, gpus=4)
+    assert shared.activations == 1000 and shared.weights < whole.weights
+    assert shared.optimizer == 2 * shared.gradients < whole.optimizer
+
+
+def run(capsys, *arguments: str) -> str:
+    main(["plan", *arguments])
+    return capsys.readouterr().out
+
+
+def test_a_plan_is_printed_as_text_and_json(capsys):
+    asked = ("scenes-tiny", "--images", "2", "--tokens", "10", "--gpus", "2")
+    text = run(capsys, *asked)
+    assert "captions of 10 tokens" in text and "80 GiB: fits with whole weights" in text
+    found = json.loads(run(capsys, *asked, "--json"))
+    assert found["images"] == 2 and set(found["memory"]) == {"whole", "sharded"}
+    assert found["learned_and_frozen"]["sam"] == [0, 675_584]
+    speeds = found["images_per_second"]
+    assert speeds["H100 SXM"] > speeds["this processor"] > 0
+
+
+def test_a_plan_that_does_not_fit_says_what_would(capsys):
+    text = run(capsys, "scenes-tiny", "--images", "64", "--tokens", "40", "--memory", "0.2")
+    assert "recompute" in re.search(r"0.2 GiB: to fit: (.*)", text).group(1)
+    text = run(capsys, "scenes-tiny", "--images", "2", "--tokens", "10", "--memory", "0.001")
+    assert "does not fit" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("scenes-tny", "no recipe 'scenes-tny'"), ("scenes-sam", "trains an encoder alone")],
+)
+def test_what_cannot_be_planned_is_refused(recipe: str, message: str):
+    with pytest.raises(SystemExit, match=message):
+        main(["plan", recipe])
