@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -62,15 +64,28 @@ class RunLog:
             shown = {name[5:]: f"{value:.3f}" for name, value in means.items()}
             self.bar.set_postfix({**shown, "img/s": f"{rate:.0f}"}, refresh=False)
             self._reset()
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        with self._named_errors():
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written ({error}); the last checkpoint is intact: make "
+                "room and go on with --resume"
+            ) from error
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.writes:
             self.bar.close()
-            self.board.close()
+            # A full disk fails here too; what it failed first says more.
+            with self._named_errors() if error is None else suppress(OSError):
+                self.board.close()
