@@ -24,7 +24,6 @@ from pixelllm.models.perceptiongpt import Objects, Tokens
 from pixelllm.squares import square_boxes, square_mask
 from pixelllm.templates import IMAGE
 
-MASK_SIDE = 256  # of the mask encoder's input and of the loss
 # For a tokenizer trained on the captions, which needs no instruction.
 PLAIN = (
     "{% for message in messages %}"
@@ -178,9 +177,17 @@ def decode_answer(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) 
 
 
 def collate_chats(
-    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerFast, *, pad_left: bool = False
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    mask_side: int = 256,
+    pad_left: bool = False,
 ) -> ChatBatch:
-    """Pad chats to one length: on the right for training, on the left for generation."""
+    """Pad chats to one length: on the right for training, on the left for generation.
+
+    Args:
+        mask_side: S of the masks, which the network's mask encoder is made for.
+    """
     length = max(len(chat.token_ids) for chat in chats)
     token_ids = torch.full((len(chats), length), tokenizer.pad_token_id)
     padding, is_answer = torch.ones_like(token_ids).bool(), torch.zeros_like(token_ids).bool()
@@ -193,19 +200,19 @@ def collate_chats(
     owner = [row for row, chat in enumerate(chats) for _ in chat.objects]
     return ChatBatch(
         Tokens(token_ids, padding, is_answer),
-        _collate_objects([(chat.size, found) for chat in chats for found in chat.objects]),
+        _collate_objects([(c.size, found) for c in chats for found in c.objects], mask_side),
         torch.tensor(owner, dtype=torch.long),
         tuple(chat.id for chat in chats),
     )
 
 
-def _collate_objects(found: Sequence[tuple[tuple[int, int], Referent]]) -> Objects:
+def _collate_objects(found: Sequence[tuple[tuple[int, int], Referent]], mask_side: int) -> Objects:
     """Objects in the padded squares of their images, whose sizes stand beside them."""
     boxes = [square_boxes(torch.tensor(referent.box), size) for size, referent in found]
-    masks = [square_mask(decode_mask(r.mask), MASK_SIDE) for _, r in found if r.mask is not None]
+    masks = [square_mask(decode_mask(r.mask), mask_side) for _, r in found if r.mask is not None]
     return Objects(
         boxes=torch.stack(boxes) if boxes else torch.zeros(0, 4),
-        masks=torch.stack(masks) if masks else torch.zeros(0, MASK_SIDE, MASK_SIDE),
+        masks=torch.stack(masks) if masks else torch.zeros(0, mask_side, mask_side),
         has_mask=torch.tensor([r.mask is not None for _, r in found], dtype=torch.bool),
         by_mask=torch.zeros(len(found), dtype=torch.bool),
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data import flickr30k, llava, refcoco, visual_genome
+from data.scenes import Options, write_scenes
+from pixelllm import templates
+from pixelllm.batches import Prompted, fill
 from pixelllm.chats import (
     PLAIN,
     Chat,
@@ -16,9 +22,10 @@ from pixelllm.chats import (
     encode_chat,
     render,
 )
-from pixelllm.conversations import Conversation, Referent
+from pixelllm.conversations import Conversation, Referent, converse
 from pixelllm.markers import add_markers, marker_ids
 from pixelllm.mask_codes import encode_mask
+from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 
 TEXTS = ["USER: What is the car? ASSISTANT: Answer a red car, and a blue tree."] * 3
@@ -210,12 +217,56 @@ def test_boxes_and_masks_are_in_the_padded_square_with_their_owners(tokenizer):
     assert is_vis.nonzero()[:, 0].tolist() == batch.owner.tolist()
 
 
+def test_masks_have_the_side_that_is_asked_for(tokenizer):
+    whole = Referent(THIRD, encode_mask(np.ones((40, 80), dtype=bool)))
+    talk = Conversation("talk/6", (40, 80), (("<image> Where?", OBJECT),), (whole,))
+    masks = collate_chats([encode(tokenizer, talk)], tokenizer, mask_side=8).objects.masks
+    assert masks.round().sum((1, 2)).tolist() == [32.0]
+
+
 def test_a_batch_without_objects_is_well_formed(tokenizer):
     talk = Conversation("talk/5", (4, 4), (("<image> Hi", "a tree"),), ())
     batch = collate_chats([encode(tokenizer, talk)], tokenizer).to(torch.device("cpu"))
     assert batch.objects.boxes.shape == (0, 4) and batch.objects.masks.shape == (0, 256, 256)
     assert batch.objects.has_mask.dtype == torch.bool and batch.owner.shape == (0,)
     assert batch.owner.dtype == torch.long and batch.tokens.token_ids.dtype == torch.long
+
+
+def test_scenes_of_every_task_become_chats(tmp_path: Path):
+    """From written scenes through every reader to a batch: catches boxes of other words."""
+    out, folder = tmp_path / "scenes", tmp_path / "scenes/annotations"
+    write_scenes(Options(out, train=4, val=0, num_proc=1))
+    refcoco.convert(
+        [folder / "refer/refs(unc).p", folder / "refer/instances.json"],
+        refcoco.Options(out / "train", "train"),
+        tmp_path / "referring",
+    )
+    visual_genome.convert([folder / "visual_genome/train.json"], out / "train", tmp_path / "region")
+    flickr30k.convert(folder / "flickr30k/annotations.zip", out / "train", tmp_path / "grounded")
+    llava.convert([folder / "llava_train.json"], out, tmp_path / "question")
+    wordings = {
+        "referring": templates.SEGMENT, "region": templates.DESCRIBE,
+        "grounded": templates.GROUND, "question": templates.SHORT_ANSWER,
+    }  # fmt: skip
+    tokenizer = word_tokenizer()
+    vis, chats = add_markers(tokenizer).vis, []
+    for task, contexts in wordings.items():
+        for record in Table(tmp_path / task):
+            filled = tuple(fill(contexts[-1], phrase) for phrase in record.phrases)
+            talk = converse(Prompted(record, record.phrases, filled))
+            chats.append(encode_chat(talk, tokenizer, num_patches=4, max_tokens=2000))
+    batch = collate_chats(chats, tokenizer, mask_side=32)
+    is_vis = batch.tokens.token_ids == vis
+    is_answer = is_vis & batch.tokens.is_answer
+    objects = [len(chat.objects) for chat in chats]
+    referring, regions, grounded, questions = (slice(n, n + 4) for n in (0, 4, 8, 12))
+    assert len(chats) == 16 and is_vis.sum(1).tolist() == objects
+    assert is_answer[referring].any(1).all() and is_answer[grounded].any(1).all()
+    assert is_vis[regions].any(1).all() and not is_answer[regions].any()
+    assert not is_vis[questions].any()
+    assert batch.objects.has_mask.tolist() == [True] * sum(objects[:4]) + [False] * sum(objects[4:])
+    low, high = batch.objects.boxes.unflatten(1, (2, 2)).unbind(1)
+    assert (low < high).all() and len(low) == sum(objects)
 
 
 def test_answers_are_decoded_with_their_marks(tokenizer):
