@@ -7,6 +7,7 @@ ours. A third trunk, the official release's BERT-style decoder, is in `pixelllm.
 
 from __future__ import annotations
 
+import struct
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -259,7 +260,7 @@ def load_trunk(
         config = AutoConfig.from_pretrained(source, **options)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, found = kind.from_pretrained(source, config=config, **loading, **options)
-    except (SafetensorError, ValueError, LookupError) as error:
+    except (SafetensorError, struct.error, ValueError, LookupError) as error:
         raise ValueError(f"{name_or_path}: not a readable language model: {error}") from error
     odd = [(key, *map(tuple, shapes)) for key, *shapes in sorted(found["mismatched_keys"])]
     kinds = (sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), odd)

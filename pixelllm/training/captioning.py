@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         source, options = pretrained_source(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.language: no tokenizer in {name}: {reason}") from error
     if tokenizer.eos_token is None:  # BERT's names for the same

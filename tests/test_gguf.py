@@ -1,0 +1,88 @@
+"""Language models in GGUF files: the trunk and its tokenizer from one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pixelllm.models.language import add_lora, load_trunk
+from pixelllm.training.captioning import load_tokenizer
+
+gguf = pytest.importorskip("gguf")
+D, FF, LETTERS = 32, 64, "abcdefghijklmnopqrstuvwxyzĠ"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer whose matrices are held in blocks of 8 bits."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokens = ["<unk>", "<s>", "</s>", *LETTERS, "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(FF)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 28)
+    writer.add_token_merges(["a b"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    generator = np.random.default_rng(0)
+    matrices = {"token_embd": (len(tokens), D), "output": (len(tokens), D)}
+    matrices |= {f"blk.0.attn_{name}": (D, D) for name in ("q", "k", "v", "output")}
+    matrices |= {"blk.0.ffn_gate": (FF, D), "blk.0.ffn_up": (FF, D), "blk.0.ffn_down": (D, FF)}
+    for name, shape in matrices.items():
+        kind = gguf.GGMLQuantizationType.Q8_0
+        value = gguf.quants.quantize(generator.normal(size=shape).astype(np.float32), kind)
+        writer.add_tensor(f"{name}.weight", value, raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_equals_transformers_own_forward_and_takes_lora(file: Path):
+    """Catches weights that stay packed: LoRA finds no linear layer, and nothing can be saved."""
+    trunk = load_trunk(file).eval()
+    assert {type(m).__name__ for m in trunk.modules() if "Linear" in type(m).__name__} == {"Linear"}
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+    token_ids = torch.randint(3, 31, (2, 9))
+    empty = token_ids[:, :0]
+    args = (empty, empty.bool(), token_ids[:, 3:], token_ids[:, 3:] < 0)
+    hidden = trunk(trunk.embed(token_ids[:, :3]), *args)
+    torch.testing.assert_close(trunk.logits(hidden), theirs(input_ids=token_ids).logits[:, 3:])
+    assert (trunk.bos_id, trunk.eos_id) == (1, 2)
+    assert not hasattr(trunk.model.config, "quantization_config")  # saved with runs
+    add_lora(trunk, 2, 4, ("q_proj", "v_proj"))
+    trunk(trunk.embed(token_ids[:, :3]), *args).sum().backward()
+    assert sum(p.grad is not None for p in trunk.parameters()) == 4
+
+
+def test_a_gguf_file_brings_its_tokenizer(file: Path):
+    tokenizer = load_tokenizer(str(file))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("abc").input_ids)[-2:] == ["ab", "c"]
+
+
+def test_a_damaged_gguf_file_is_named(file: Path, tmp_path: Path):
+    for size in (30, file.stat().st_size // 2):
+        (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ValueError, match="cut.gguf"):
+            load_trunk(tmp_path / "cut.gguf")
+        if size == 30:
+            with pytest.raises(ValueError, match="no tokenizer in .*cut.gguf"):
+                load_tokenizer(str(tmp_path / "cut.gguf"))
