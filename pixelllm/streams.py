@@ -25,7 +25,7 @@ from pixelllm.tables import caption_lengths, records_with_task
 
 START = {"turn": 0, "epoch": 0, "window": 0, "taken": 0, "stream": None}
 WALKS = 16  # divided between the readers
-SHUFFLED = 8192  # records in the windows of all walks together
+SHUFFLED = 4096  # records in the windows of all walks together
 
 
 def num_walks(num_shards: int, num_readers: int) -> int:
@@ -174,7 +174,7 @@ class StreamedRecords:
         return f"{walk} of {self.num_walks} through {len(self.files)} shards"
 
     def _open(self, number: int, state: dict[str, Any]) -> Walk:
-        window = max(SHUFFLED // self.num_walks, 8 * self.batch_size)
+        window = max(SHUFFLED // self.num_walks, 2 * self.batch_size)
         facts = (self.files, self.source.task, self.batch_size, self.seed)
         return Walk(*facts, number, self.num_walks, window, state)
 

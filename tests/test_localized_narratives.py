@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import golden_root
 from PIL import Image
 
 from data.localized_narratives import Options, convert, image_candidates, image_size, main
+from pixelllm import shards
 from pixelllm.alignment import rank_pieces, text_pieces
+from pixelllm.records import from_row
 from pixelllm.tables import Table
 
 SIZE = (6, 8)  # (H, W)
@@ -259,3 +262,29 @@ def test_command_ends_with_one_line_of_error(tmp_path, images):
     file = write(tmp_path / "a.jsonl", [narrative("99")])
     with pytest.raises(SystemExit, match=r"^error: .*a\.jsonl:1: no image for"):
         main((file,), Options(images), tmp_path / "t")
+
+
+def test_shards_hold_the_table_also_after_an_interruption(tmp_path, images, monkeypatch):
+    """Narratives of one image and annotator are still numbered over all shards."""
+    stories = [narrative(str(1 + i % 2), annotator_id=i % 3) for i in range(40)]
+    stories[7] = narrative(caption=" ")
+    file, out = write(tmp_path / "a.jsonl", stories), tmp_path / "shards"
+    table = convert([file], Options(images), tmp_path / "table")
+    write_shard, written = shards._write_shard, []
+
+    def interrupted(*arguments):
+        written.append(arguments)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_shard(*arguments)
+
+    monkeypatch.setattr(shards, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert([file], Options(images), out, shard_size=8)
+    report = convert([file], Options(images), out, num_proc=2, shard_size=8)
+    assert report == table and json.loads((out / "report.json").read_text()) == table
+    assert len(written) == 2 + 1 + 3, "two shards of five were not made again"
+    rows = [
+        row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+    assert [from_row(row) for row in rows] == records(tmp_path / "table")

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -100,6 +101,19 @@ def test_only_records_of_the_task_come(table):
     one = walk(table, "caption")
     drawn = [name for batch in ids(one, COUNT // 16) for name in batch]
     assert Counter(drawn) == {f"r{i}": 1 for i in range(0, COUNT, 4)}
+
+
+def test_a_walk_is_the_same_through_a_url(table):
+    """Over the memory file system, which takes the ways of S3 and the Hub without a network."""
+    memory = fsspec.filesystem("memory")
+    memory.put(table.path, "/shards", recursive=True)
+    try:
+        far = walk(open_table("memory://shards"))
+        assert ids(far, 30) == ids(walk(table), 30)
+        again = walk(open_table("memory://shards"), state=far.state_dict())
+        assert ids(again, 5) == ids(far, 5)
+    finally:
+        memory.rm("/shards", recursive=True)
 
 
 def test_captions_of_a_batch_have_like_length(table):
