@@ -6,6 +6,7 @@
     pixelllm info runs/quickstart
     pixelllm plan ln-coco-t5xl --gpus 8 --memory 80
     pixelllm convert runs/quickstart --step 3000 --out models/at-3000
+    pixelllm import official.msgpack --recipe joint-bert --out runs/official
 
 Points are (x, y) and boxes (x0, y0, x1, y1), in [0, 1] of the image.
 """
@@ -24,6 +25,7 @@ import tyro
 from pixelllm.commands.caption import CaptionCommand, caption
 from pixelllm.commands.convert import ConvertCommand, convert
 from pixelllm.commands.dense import DenseCommand, dense
+from pixelllm.commands.import_weights import ImportCommand, import_weights
 from pixelllm.commands.info import InfoCommand, info
 from pixelllm.commands.locate import LocateCommand, locate
 from pixelllm.commands.plan import PlanCommand, plan
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
+        | Annotated[ImportCommand, tyro.conf.subcommand("import")]
     )
     command = tyro.cli(commands, prog="pixelllm", description=__doc__, args=arguments)
     try:
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 plan(command)
             case ConvertCommand():
                 convert(command)
+            case ImportCommand():
+                import_weights(command)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
