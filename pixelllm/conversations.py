@@ -56,13 +56,17 @@ class Conversation:
 def converse(item: Prompted) -> Conversation:
     """The conversation about the chosen phrases of a record.
 
-    Raises ValueError naming the phrase where a question or an answer needs a box it lacks.
+    Raises ValueError naming the phrase where a question or an answer needs a box it lacks, or
+    its mask is of another size than the image.
     """
     rounds, objects = [], []
     for phrase, question in zip(item.phrases, item.contexts, strict=True):
         if rounds:
             question = question.replace(IMAGE, "").strip()
         answer, answered = _answer(phrase)
+        if phrase.mask is not None and tuple(phrase.mask["size"]) != item.record.size:
+            sizes = f"{phrase.mask['size']}, but the image is (H, W) {item.record.size}"
+            raise ValueError(f"{phrase.id}: its mask is {sizes}; was one of them resized?")
         objects += _asked_about(phrase, question) + answered
         rounds.append((question, answer))
     names = "+".join(phrase.id for phrase in item.phrases)

@@ -105,9 +105,14 @@ def test_without_its_last_answer_a_conversation_keeps_what_was_said_before():
     [
         (CAPTION, templates.DESCRIBE[0], "caption/4: .*asks about a box, but the phrase has none"),
         (replace(REFERRING, target_box=None), "Where?", "referring/1: .*no target_box"),
+        (
+            replace(REFERRING, mask={"size": [6, 4], "counts": "0"}),
+            "Where?",
+            r"referring/1: its mask is \[6, 4\], but the image is \(H, W\) \(4, 6\)",
+        ),
         (replace(GROUNDED, pieces=(Piece(9, 12, None, BOX),)), "Caption.", "grounded/3: .*outside"),
     ],
 )
-def test_a_missing_box_is_named(phrase: Phrase, template: str, message: str):
+def test_what_does_not_fit_is_named(phrase: Phrase, template: str, message: str):
     with pytest.raises(ValueError, match=message):
         converse(prompted((phrase, template)))
