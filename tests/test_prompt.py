@@ -64,6 +64,14 @@ def test_prompts_do_not_see_each_other():
     assert_close(alone, together[:, :1], atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_read_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch):
+    """300 prompts must fit; a part that is forgotten or turned round would show here."""
+    extractor, inputs = tiny_extractor(), tiny_inputs(K=5)
+    together = extractor(*inputs)
+    monkeypatch.setattr("pixelllm.models.prompt.CELLS_AT_ONCE", 2 * 2 * 4 * 5)  # two at a time
+    assert_close(extractor(*inputs), together, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("prompt_width", [WIDTH, 12])
 def test_every_parameter_learns(prompt_width: int):
     extractor = tiny_extractor(prompt_width=prompt_width, value_position=True)

@@ -12,7 +12,8 @@ from segment_anything import sam_model_registry
 from torch import nn
 from torch.testing import assert_close
 
-from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder
+from pixelllm.images import resize
+from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder, resize_table
 from pixelllm.models.stem import ConvStem
 from pixelllm.scenic import part_state
 
@@ -48,6 +49,23 @@ def test_encoder_equals_segment_anything(generator: torch.Generator):
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 64, 64, generator=generator)
     assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_made_in_parts_give_the_same(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    encoder = shake(SamEncoder(**SIZES))
+    images = torch.randn(1, 3, 64, 40, generator=generator)
+    together = encoder(images)
+    monkeypatch.setattr("pixelllm.models.sam.BIASES_AT_ONCE", 2 * 2 * 5 * 8 * 5)  # 2 rows of 8
+    assert_close(encoder(images), together, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (24, 40), (90, 70)])
+def test_table_is_resized_as_an_image_is(size: tuple[int, int], generator: torch.Generator):
+    table = torch.randn(64, 64, 6, generator=generator)
+    expected = resize(table.permute(2, 0, 1)[None], size, "bicubic")[0].permute(1, 2, 0)
+    assert_close(resize_table(table, size), expected, atol=1e-5, rtol=1e-5)
 
 
 def encoder_of(case: GoldenCase) -> SamEncoder:

@@ -42,7 +42,9 @@ class RotaryAttention(EvaAttention):
         start = (0, 0, self.num_prefix_tokens, 0)
         turns = torch.complex(F.pad(cosines, start, value=1.0), F.pad(sines, start))[:, None]
         q, k, v = (part.unflatten(2, (self.num_heads, -1)) for part in (q, k, v))
-        q, k, v = (part.transpose(1, 2) for part in (turn(q, turns), turn(k, turns), v))
+        # Rows of a head that lie 2^n bytes apart share slots of a cache: a third slower attention.
+        q, k = (turn(part, turns).transpose(1, 2).contiguous() for part in (q, k))
+        v = v.transpose(1, 2)
         found = F.scaled_dot_product_attention(q, k, v)
         return self.proj(self.norm(found.transpose(1, 2).flatten(2)))
 
