@@ -19,14 +19,21 @@ INITIALISERS = frozenset(
 class WithoutInitialValues(TorchFunctionMode):
     """Modules built inside get parameters without values, for weights that are loaded next.
 
-    Their memory is not touched and so not taken. On the meta device modules would have no buffers.
+    Their memory is not touched and so not taken, also where they are cast to bfloat16. On the meta
+    device modules would have no buffers.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("tensor")
-        if isinstance(first, nn.Parameter) and func.__name__ in INITIALISERS:
-            return first
+        if isinstance(first, nn.Parameter):
+            if func.__name__ in INITIALISERS:
+                first.has_value = False
+                return first
+            if func.__name__ == "copy_":  # published weights, loaded while the model is built
+                first.has_value = True
+            if func.__name__ == "bfloat16" and not vars(first).get("has_value", True):
+                return torch.empty_like(first, dtype=torch.bfloat16)
         return func(*args, **kwargs)
 
 

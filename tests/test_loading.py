@@ -13,6 +13,7 @@ from torch import nn
 
 from pixelllm.checkpoints import load_weights, save_weights
 from pixelllm.loading import WithoutInitialValues, held_in
+from pixelllm.models.build import hold_in_bfloat16
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tokenizer import train_tokenizer
 
@@ -82,12 +83,12 @@ def test_building_without_initial_values_keeps_buffers_and_what_was_there():
     with WithoutInitialValues():
         norm = nn.BatchNorm1d(3)
         nn.Linear(4, 4)
-        nn.Linear(2, 2).load_state_dict(given.state_dict())
         copied = nn.Linear(2, 2)
         copied.load_state_dict(given.state_dict())
+        hold_in_bfloat16(copied)
     assert torch.equal(before, torch.get_rng_state())  # nothing was drawn
     assert torch.equal(norm.running_var, torch.ones(3))
-    assert torch.equal(copied.weight, given.weight)
+    assert torch.equal(copied.weight, given.weight.bfloat16())
 
 
 def test_loading_reports_every_tensor_once_it_is_there(folder: Path):
@@ -127,3 +128,13 @@ def test_weights_are_never_held_twice(tmp_path: Path):
     before = peak_memory()
     load_weights(model, tmp_path)
     assert peak_memory() - before < 128 + 64
+
+
+def test_what_is_built_without_values_takes_no_memory():
+    """Also in bfloat16: a cast of no values would write 64 MiB of them."""
+    forget_peak()
+    before = peak_memory()
+    with WithoutInitialValues():
+        layer = nn.Linear(4096, 8192)
+        hold_in_bfloat16(layer)
+    assert layer.weight.dtype == torch.bfloat16 and peak_memory() - before < 16

@@ -257,12 +257,13 @@ def build_language(
     return language
 
 
+@torch.no_grad()
 def hold_in_bfloat16(module: nn.Module) -> None:
     """Cast the parameters but those of batch norms; buffers are frequencies and statistics."""
     for part in module.modules():
         if not isinstance(part, nn.BatchNorm2d):
             for parameter in part.parameters(recurse=False):
-                parameter.data = parameter.data.bfloat16()
+                parameter.data = parameter.bfloat16()
 
 
 def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:
