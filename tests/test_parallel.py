@@ -46,9 +46,9 @@ from pixelllm.training.signals import StopRequest
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 STEPS = 5
-# Sums in another order: measured 5e-6 of a loss, and 2e-6 on weights that moved by 1e-3.
+# Sums in another order: measured 5e-6 of a loss, and 2.3e-5 on weights that moved by 7.5e-3.
 CURVE = {"rtol": 5e-5, "atol": 1e-6}
-WEIGHTS = {"rtol": 1e-4, "atol": 5e-5}
+WEIGHTS = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class Team:
@@ -156,7 +156,7 @@ def assert_same_curve(first: list[dict[str, float]], second: list[dict[str, floa
 
 
 def assert_near(first: Path, second: Path) -> None:
-    """Of the matrices: a bias before a batch norm has no gradient but noise, and AdamW steps on it."""
+    """Of the matrices: a bias before a batch norm has only noise as gradient, which AdamW grows."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert ours.keys() == theirs.keys()
     far = {
