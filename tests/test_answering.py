@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import PERCEPTION_TOLERANCE, load_perception, perception_names
 from official_perception import official_network
-from test_perceptiongpt import BOS, EOS, IMAGE, MARKS, PAD, pixels_of, tiny_network
+from test_perceptiongpt import BOS, EOS, IMAGE, MARKS, PAD, batch_of, pixels_of, tiny_network
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pixelllm.models.answering import Answers, sampler, write_answers
 from pixelllm.models.perceptiongpt import Objects, PerceptionGPTNetwork, Tokens
+from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
+from pixelllm.vis_losses import perception_losses
 
 PROMPTS = (
     [BOS, *IMAGE, 5, 6, 7, 8],
@@ -187,3 +189,34 @@ def test_prompts_padded_on_the_right_are_refused(network: PerceptionGPTNetwork, 
     with pytest.raises(ValueError, match="padded on the left"):
         none = Objects.of_boxes(torch.zeros(0, 4))
         write_answers(network, images[:1], token_ids, padding, none, max_new_tokens=2)
+
+
+def test_two_samples_can_be_learnt_and_written(images: Tensor, generator: torch.Generator):
+    """The whole way round: what was taught is written, with its boxes and masks."""
+    network, images = tiny_network(width=32).train(), images[:2]
+    network.box_encoder, network.box_decoder = BoxEncoder(24, 16), BoxDecoder(24, 16)
+    rows = [
+        (PROMPTS[0], [5, MARKS.vis_start, MARKS.vis, MARKS.vis, MARKS.vis_end, EOS]),
+        (PROMPTS[1], [7, MARKS.vis, 8, EOS]),
+    ]
+    tokens = batch_of(rows)
+    low = torch.rand(4, 2, generator=generator) / 2
+    boxes = torch.cat([low, low + 0.3], dim=1)
+    masks = torch.zeros(4, 32, 32)
+    for mask, (x0, y0, x1, y1) in zip(masks, (boxes * 32).int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = 1
+    every = torch.ones(4, dtype=torch.bool)
+    objects = Objects(boxes, masks, every, ~every)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(100):
+        losses = perception_losses(network(images, tokens, objects), tokens, objects)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    asked = Objects.of_boxes(boxes[2:3])
+    inputs = (*left_padded([question for question, _ in rows]), asked)
+    found = write_answers(network.eval(), images, *inputs, max_new_tokens=8)
+    for ids, padding, (_, expected) in zip(found.token_ids, found.padding, rows, strict=True):
+        assert ids[~padding].tolist() == expected
+    assert_close(found.boxes, boxes[[0, 1, 3]], atol=0.05, rtol=0)
+    assert ((found.masks > 0) == masks[[0, 1, 3]].bool()).float().mean() > 0.95

@@ -74,22 +74,22 @@ MARKS = MarkerIds(*range(30, 38))
 IMAGE = [MARKS.image_start, *[MARKS.image] * 4, MARKS.image_end]
 
 
-def tiny_network(seed: int = 0, **sizes: int) -> PerceptionGPTNetwork:
+def tiny_network(seed: int = 0, width: int = 16, **sizes: int) -> PerceptionGPTNetwork:
     """A whole PerceptionGPT that runs in milliseconds; its boxes depend on what it reads."""
     torch.manual_seed(seed)
-    vit = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    vit = {"hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 3}
     vit |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
     llama = {"vocab_size": 38, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
     llama |= {"num_attention_heads": 2, "pad_token_id": PAD, "bos_token_id": BOS}
     trunk = build_trunk(LlamaConfig(**(llama | sizes), eos_token_id=EOS, initializer_range=0.3))
     network = PerceptionGPTNetwork(
         FusedClip(CLIPVisionModel(CLIPVisionConfig(**vit)), fine_patch=8),
-        nn.Linear(16, 24),
+        nn.Linear(width, 24),
         trunk,
         BoxEncoder(24, 16),
         BoxDecoder(24, 16),
         MaskEncoder(24, size=32, bottleneck=8),
-        VisMaskHead(24, VisMaskDecoder(16, num_heads=2, mlp_width=24)),
+        VisMaskHead(24, VisMaskDecoder(width, num_heads=2, mlp_width=24)),
         MARKS,
     )
     for layer in (*network.box_encoder.layers, *network.box_decoder.layers):

@@ -76,7 +76,8 @@ class VisMaskDecoder(nn.Module):
     """One mask per query.
 
     Args:
-        width: C of queries and features.
+        width: C of queries and features, 32 or more: a norm over fewer than width / 8 = 4 channels
+            leaves little but their signs.
         depth, num_heads, mlp_width: of the two-way transformer.
         release_positions: the release's position code.
     """
