@@ -178,14 +178,14 @@ def scenes_smollm2() -> Config:
         ),
         train=replace(
             tiny.train,
-            steps=240,
+            steps=2000,
             batch_size=8,
-            warmup=20,
+            warmup=50,
             bfloat16=True,
             lr_scales={"extractor": 0.05, "language": 0.5},  # these come trained
-            eval_every=60,
+            eval_every=200,
             eval_batches=2,
-            save_every=20,
+            save_every=100,
         ),
         max_tokens=48,
         include_frozen=False,
@@ -205,6 +205,7 @@ EXPRESSIONS = Source(
 )
 REGIONS = Source(
     "region",
+    weight=0.5,
     batch_size=8,
     phrases_per_image=8,
     contexts=(REGION_CONTEXT,),
@@ -213,8 +214,12 @@ REGIONS = Source(
     proposals_per_image=4,
 )
 # Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
-PHRASES = replace(
-    REGIONS, batch_size=None, phrases_per_image=3, detection_weight=0.0, proposals_per_image=32
+PHRASES = Source(
+    "region",
+    weight=2,
+    phrases_per_image=3,
+    contexts=(REGION_CONTEXT,),
+    point_weight=0.0,
 )
 
 
