@@ -131,7 +131,9 @@ def test_a_question_is_never_cut(tokenizer):
     asked = TALK.unanswered()
     length = len(encode(tokenizer, asked).token_ids)
     alone = Conversation("talk/2", (4, 4), ((f"<image> {'What ' * 9}?", ""),), ())
-    for talk, room in ((TALK, 6), (alone, 20)):
+    late = Conversation("talk/7", (4, 4), (("Hi", "a"), ("<image> What", "a car")), ())
+    half = encode(tokenizer, late).token_ids.index(marker_ids(tokenizer).image) + 2
+    for talk, room in ((TALK, 6), (alone, 20), (late, half)):
         message = f"{talk.id}: {room} tokens do not hold the image and the question but"
         with pytest.raises(ValueError, match=message):
             encode(tokenizer, talk, room)

@@ -67,6 +67,13 @@ def test_a_region_is_asked_about_by_its_object():
     assert talk.objects == (Referent(BOX, MASK),)
 
 
+def test_objects_of_the_question_come_before_those_of_the_answer():
+    """A mask is asked for by a box (reference, section 5.4)."""
+    other = replace(REFERRING, prompt_box=(0.0, 0.0, 1.0, 1.0), mask=None)
+    talk = converse(prompted((other, "<image> Segment<obj_vis_s><vis><obj_vis_e>.")))
+    assert [found.box for found in talk.objects] == [(0.0, 0.0, 1.0, 1.0), BOX]
+
+
 def test_a_grounded_caption_marks_its_phrases():
     talk = converse(prompted((GROUNDED, templates.GROUND[0])))
     assert talk.rounds[0][1] == "<obj_text_s>A car<obj_text_e><obj_vis_s><vis><obj_vis_e>."

@@ -92,6 +92,7 @@ def test_marks_that_do_not_match_are_refused(text: str, num_objects: int, messag
     [
         ("a<obj_text_s> red", "a"),
         ("a<obj_text_s> b<obj_text_e><obj_vis_s><vis>;", "a<obj_text_s> b<obj_text_e>"),
+        (f"{MARKED} An<obj_vis_s><vis>", f"{MARKED} An"),
         (MARKED, MARKED),
         ("plain", "plain"),
     ],
