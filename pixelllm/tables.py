@@ -81,7 +81,11 @@ class Table:
 
     def has_task(self, task: str) -> bool:
         """Whether there are phrases of `task`."""
-        return len(records_with_task(self.rows.data.column("phrases"), task)) > 0
+        return len(self.positions(task)) > 0
+
+    def positions(self, task: str) -> np.ndarray:
+        """Of the records with phrases of `task`, int64[n] ascending."""
+        return records_with_task(self.rows.data.column("phrases"), task)
 
     def phrases(self, limit: int) -> Iterator[pa.StructArray]:
         """The phrases of the first `limit` records."""

@@ -13,7 +13,6 @@ from pycocotools.coco import COCO
 import eval as command
 from pixelllm.evaluation import boxes
 from pixelllm.evaluation.meteor import unavailable_reason
-from pixelllm.mixture import records_with_task
 from pixelllm.tables import Table
 
 needs_meteor = pytest.mark.skipif(unavailable_reason() is not None, reason="no METEOR tables")
@@ -27,7 +26,7 @@ def run(folder: Path, task: str, table: Path, out: Path, **changes) -> dict:
 
 def phrases_of(table: Path, task: str) -> list:
     rows = Table(table)
-    found = [rows[int(row)] for row in records_with_task(rows, task)]
+    found = [rows[int(row)] for row in rows.positions(task)]
     return [(record, p) for record in found for p in record.phrases if p.task == task]
 
 

@@ -19,7 +19,6 @@ from pixelllm.evaluation.narrations import random_captions
 from pixelllm.evaluation.regions import grouped_references, score_region_captions
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
 from pixelllm.evaluation.results import coco_results, image_number
-from pixelllm.mixture import records_with_task
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box, Phrase, Record
 from pixelllm.tables import Table
@@ -32,7 +31,7 @@ Attributes = Callable[[str], tuple[str, ...] | None]
 
 def region_records(table: Table) -> Iterator[tuple[Record, list[Phrase]]]:
     """Records with their regions, in order. Raises ValueError where the table has none."""
-    rows = records_with_task(table, TASK)
+    rows = table.positions(TASK)
     if not len(rows):
         raise ValueError(
             f"{table.path}: no {TASK!r} phrases; make the table with data.visual_genome"

@@ -18,7 +18,7 @@ from pixelllm.evaluation.referring import score_referred_boxes, score_referred_m
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
 from pixelllm.evaluation.results import coco_results, image_number
 from pixelllm.locating import Location
-from pixelllm.mixture import assemble, records_with_task
+from pixelllm.mixture import assemble
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box, Phrase, Record
 from pixelllm.tables import Table
@@ -44,7 +44,7 @@ def predict_expressions(
 
     Raises ValueError where the table has none.
     """
-    rows = records_with_task(table, TASK)
+    rows = table.positions(TASK)
     if not len(rows):
         raise ValueError(f"{table.path}: no {TASK!r} phrases; make the table with data.refcoco")
     left = limits.limit or float("inf")

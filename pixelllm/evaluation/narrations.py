@@ -21,7 +21,7 @@ from pixelllm.evaluation.lbm import trace_distance, trace_distance_given_caption
 from pixelllm.evaluation.points import mean_trace_l1
 from pixelllm.evaluation.report import mean_of_known
 from pixelllm.generation import Caption, pointing_token
-from pixelllm.mixture import assemble, records_with_task
+from pixelllm.mixture import assemble
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table
@@ -49,7 +49,7 @@ class Narration:
 
 def chosen_narrations(table: Table, limit: int | None) -> list[tuple[int, Phrase]]:
     """Record positions and narrations of the table, in order; ValueError without any."""
-    records = map(int, records_with_task(table, TASK))
+    records = map(int, table.positions(TASK))
     phrases = ((index, phrase) for index in records for phrase in table[index].phrases)
     found = [(index, phrase) for index, phrase in phrases if phrase.task == TASK]
     if not found:
