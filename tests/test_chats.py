@@ -180,6 +180,12 @@ def test_a_tokenizer_without_marks_or_end_is_refused():
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="chat template shows 'a red car\\\\n.* '</s>' belong"):
         encode(tokenizer)
+    # without a prompt to generate from, the model would have to write "assistant" itself
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="chat template shows 'assistant a red"):
+        encode(tokenizer)
 
 
 def test_batches_are_padded_on_either_side(tokenizer):
