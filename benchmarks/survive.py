@@ -196,7 +196,7 @@ def main(kills: int = 100, seed: int = 0, keep: Path | None = None) -> None:
         keep: leave both runs in this folder.
     """
     folder = keep or Path(tempfile.mkdtemp(prefix="survive-"))
-    steps, since = 5 * kills + 10, time.monotonic()
+    steps, since = 8 * kills + 10, time.monotonic()
     try:
         shards = write_data(folder / "data")
         finish(shards, folder / "warm", 1)  # the first start also loads torch
