@@ -121,13 +121,13 @@ def load_weights(
     model: nn.Module,
     name_or_path: Path | str,
     leave_out: Callable[[str], bool] = lambda _: False,
-    loaded: Callable[[str], None] = lambda _: None,
+    place: Callable[[str, Tensor], bool] = lambda name, tensor: False,
 ) -> None:
     """Read what `save_weights` wrote, in the model's dtypes and without a second copy of it.
 
     Args:
         leave_out: true of the names that the file does not have.
-        loaded: called with every name as soon as its tensor is in the model.
+        place: offered every tensor by name; True where it has put it into the model itself.
 
     Raises ValueError listing every key that does not fit.
     """
@@ -138,8 +138,9 @@ def load_weights(
     for start in range(0, len(names), READ_AT_ONCE):
         with safe_open(file, "pt") as stored:  # opened anew, so that pages read before are freed
             for name in names[start : start + READ_AT_ONCE]:
-                expected.pop(name).data.copy_(stored.get_tensor(name))
-                loaded(name)
+                tensor, values = expected.pop(name), stored.get_tensor(name)
+                if not place(name, values):
+                    tensor.data.copy_(values)
 
 
 def stored_shapes(file: Path) -> dict[str, Tensor]:

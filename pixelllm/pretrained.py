@@ -125,12 +125,8 @@ class PixelLLM(PixelLLMNetwork):
             trunk = AutoConfig.from_pretrained(name_or_path, subfolder=TRUNK_FOLDER)
         with WithoutInitialValues():
             model = cls(config, tokenizer, published, trunk, int8)
-        load_weights(
-            model,
-            name_or_path,
-            lambda name: is_referenced(name, config),
-            quantize_when_loaded(model.language, "language.") if int8 else lambda name: None,
-        )
+        place = [quantize_when_loaded(model.language, "language.")] if int8 else []
+        load_weights(model, name_or_path, lambda name: is_referenced(name, config), *place)
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:

@@ -25,20 +25,25 @@ def quantize_trunk(language: nn.Module) -> None:
         quantize(language.get_submodule(name))
 
 
-def quantize_when_loaded(language: nn.Module, prefix: str) -> Callable[[str], None]:
-    """`quantize_trunk` layer by layer, so that the trunk is never held in both precisions.
+def quantize_when_loaded(language: nn.Module, prefix: str) -> Callable[[str, Tensor], bool]:
+    """`quantize_trunk` for `load_weights`, so that the trunk is held in 8 bits from the start.
 
     Returns:
-        To be called with `prefix` and the name of every parameter as soon as it has its value.
+        Takes `prefix` and the name of a parameter with the values to quantise, which are not
+        copied first: memory that was written and is free again is not given back to the system.
     """
     quantize = weight_quantizer()
     waiting = {f"{prefix}{name}.weight": name for name in trunk_linears(language)}
 
-    def loaded(parameter: str) -> None:
-        if parameter in waiting:
-            quantize(language.get_submodule(waiting[parameter]))
+    def place(name: str, values: Tensor) -> bool:
+        if name not in waiting:
+            return False
+        layer = language.get_submodule(waiting[name])
+        layer.weight = nn.Parameter(values.to(layer.weight.dtype), requires_grad=False)
+        quantize(layer)
+        return True
 
-    return loaded
+    return place
 
 
 def trunk_linears(language: nn.Module) -> list[str]:
