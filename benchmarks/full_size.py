@@ -209,6 +209,7 @@ def save(options: Options, times: dict[str, float]) -> dict[str, Any]:
     return {"file": (folder / "model.safetensors").stat().st_size}
 
 
+@torch.no_grad()
 def caption(options: Options, int8: bool, times: dict[str, float]) -> dict[str, Any]:
     """What a user calls: load a folder, caption a picture of 640 x 480 pixels."""
     folder = options.folder / options.model

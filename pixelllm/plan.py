@@ -97,13 +97,17 @@ class StepCosts:
 
 
 class Meter(TorchDispatchMode):
-    """Records every operation, and how many bytes are alive of what operations made."""
+    """Records every operation, and how many bytes are alive of what operations made.
 
-    def __init__(self) -> None:
+    Args:
+        given: tensors that are there already, whose views make nothing.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.operations: Counter[Operation] = Counter()
         self.alive = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -152,14 +156,14 @@ def measure_step(config: Config, model: PixelLLM, source: Source, images: int) -
         images: in the micro batch.
     """
     with FakeTensorMode():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(_like(parameter), parameter.requires_grad))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, _like(buffer))
+        own = {id(tensor): _like(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        for module in model.modules():  # tensors that modules share, T5's embeddings, stay one
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    setattr(module, name, own[id(tensor)])
         batch = make_batch(config, source, images)
         model.train()
-        with Meter() as meter:
+        with Meter(own.values()) as meter:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bfloat16):
                 loss = sum(weighted_losses(model, batch, config.loss).values())
             forward = Counter(meter.operations)
@@ -191,7 +195,10 @@ def make_batch(config: Config, source: Source, images: int) -> Batch:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    values = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return (
+        nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    )
 
 
 class Memory(NamedTuple):

@@ -11,11 +11,13 @@ from functools import cache
 import pytest
 import torch
 from conftest import make_tiny_joint_config, short_training
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixelllm.cli import main
 from pixelllm.config import Config
 from pixelllm.plan import (
     Accelerator,
+    Meter,
     Operation,
     StepCosts,
     build_shapes,
@@ -103,6 +105,20 @@ def test_memory_is_counted_by_what_learns_and_is_shared_out():
     shared = memory_of(model, peak=4 * learned + 1000, gpus=4)
     assert shared.activations == 1000 and shared.weights < whole.weights
     assert shared.optimizer == 2 * shared.gradients < whole.optimizer
+
+
+def test_shared_tensors_and_weights_are_counted_once():
+    """T5's three embeddings are one, and a transposed weight takes no memory of its own."""
+    config = tiny()
+    model = build_shapes(config)
+    before = parameters_by_part(model)
+    measure_step(config, model, config.sources[0], 1)
+    assert parameters_by_part(model) == before
+    with FakeTensorMode():
+        weight = torch.zeros(100, 100)
+        with Meter([weight]) as meter:
+            product = torch.zeros(1, 100) @ weight.T
+    assert meter.peak == 2 * product.numel() * 4
 
 
 def run(capsys, *arguments: str) -> str:
