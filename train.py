@@ -31,15 +31,14 @@ from safetensors import SafetensorError
 
 from pixelllm.config import Config, Eva02Pretraining, SamPretraining
 from pixelllm.devices import choose_device
-from pixelllm.recipes import RECIPES
+from pixelllm.perception_config import ClipPretraining, PerceptionConfig
+from pixelllm.recipes import RECIPES, Recipe
 from pixelllm.shards import open_table
 from pixelllm.tables import Table
-from pixelllm.training import captioning, naming, promptable
+from pixelllm.training import captioning, naming, perceiving, promptable
 from pixelllm.training.loop import NonFiniteLoss, Stage, train
 from pixelllm.training.parallel import PeerFailed, join, own_device
 from pixelllm.training.signals import StopRequest
-
-Recipe = Config | SamPretraining | Eva02Pretraining
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def recipe_named(name: str) -> Recipe:
 
 def list_recipes() -> str:
     """The recipes with what they are for, a line each."""
-    lines = (f"  {name:20}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    lines = (f"  {name:22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
     return "recipes:\n" + "\n".join(lines)
 
 
@@ -93,13 +92,17 @@ def parse(recipe: str, arguments: Sequence[str]) -> tuple[Run, Recipe]:
 
 
 def build(run: Run, config: Recipe, device: torch.device) -> Stage:
+    if run.cache_features and not isinstance(config, Config):
+        raise ValueError(f"--cache-features: {config.name} has no frozen encoders that it caches")
     # The stages that make a recipe's eyes need all of a table at once.
-    opened = open_table if isinstance(config, Config) else Table
+    opened = open_table if isinstance(config, Config | PerceptionConfig) else Table
     tables, val = ([opened(path) for path in paths] for paths in (run.data, run.val))
     if isinstance(config, SamPretraining):
         return promptable.build_stage(config, tables, val, device)
-    if isinstance(config, Eva02Pretraining):
+    if isinstance(config, Eva02Pretraining | ClipPretraining):
         return naming.build_stage(config, tables, val, device)
+    if isinstance(config, PerceptionConfig):
+        return perceiving.build_stage(config, tables, val, device)
     return captioning.build_stage(config, tables, val, device, run.cache_features)
 
 

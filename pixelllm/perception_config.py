@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pixelllm.config import LanguageConfig
+from pixelllm.config import LanguageConfig, Source, TrainConfig
 
 VisInput = Literal["box", "mask", "random"]
 
@@ -60,3 +60,40 @@ class PerceptionModelConfig:
             patch = getattr(self.clip, name)
             if self.frame % patch:
                 raise ValueError(f"frame {self.frame} is not a multiple of clip.{name} {patch}")
+
+
+@dataclass(frozen=True)
+class PerceptionStart:
+    """Finished runs that a training run starts from."""
+
+    clip: str | None = None  # of a `*-clip` recipe
+    run: str | None = None  # of a PerceptionGPT recipe: all weights
+
+
+@dataclass(frozen=True)
+class PerceptionConfig:
+    """One training run of PerceptionGPT.
+
+    Of the sources, tasks, shares, wordings (`contexts`) and phrases per image count; those of an
+    image are the rounds of one conversation.
+    """
+
+    name: str
+    model: PerceptionModelConfig = field(default_factory=PerceptionModelConfig)
+    start: PerceptionStart = field(default_factory=PerceptionStart)
+    sources: tuple[Source, ...] = ()
+    train: TrainConfig = field(default_factory=TrainConfig)
+    max_tokens: int = 2048  # of a conversation, image included
+    max_new_tokens: int = 128  # of an answer
+    include_frozen: bool = False  # whether saved models carry their frozen pretrained parts
+
+
+@dataclass(frozen=True)
+class ClipPretraining:
+    """One training run of a small CLIP encoder that names the object under every patch."""
+
+    name: str
+    frame: int
+    clip: ClipConfig
+    box_weight: float = 2.0
+    train: TrainConfig = field(default_factory=TrainConfig)

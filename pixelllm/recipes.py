@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pixelllm import paper_recipes as paper
+from pixelllm import perception_recipes as perception
 from pixelllm import scene_recipes as scenes
 from pixelllm.config import Config, Eva02Pretraining, SamPretraining
+from pixelllm.perception_config import ClipPretraining, PerceptionConfig
 
-MAKERS: tuple[Callable[[], Config | SamPretraining | Eva02Pretraining], ...] = (
+Recipe = Config | SamPretraining | Eva02Pretraining | PerceptionConfig | ClipPretraining
+MAKERS: tuple[Callable[[], Recipe], ...] = (
     scenes.scenes_sam,
     scenes.scenes_eva02,
     scenes.scenes_tiny,
@@ -31,5 +34,9 @@ MAKERS: tuple[Callable[[], Config | SamPretraining | Eva02Pretraining], ...] = (
     paper.densecap_bert,
     paper.joint_bert,
     paper.joint_refseg_bert,
+    perception.scenes_clip,
+    perception.scenes_perceptiongpt,
+    perception.perceptiongpt_smollm2,
+    perception.perceptiongpt_7b,
 )
 RECIPES = {maker.__name__.replace("_", "-"): maker for maker in MAKERS}

@@ -18,6 +18,7 @@ from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.mixture import Mixture
 from pixelllm.models.prompt import init_from_sam
+from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.shards import ShardedTable
 from pixelllm.sources import SourceRecords
@@ -124,7 +125,9 @@ def text_limits(config: Config, model: PixelLLM) -> TextLimits:
     return TextLimits(model.language.bos_id, config.max_tokens, config.max_context)
 
 
-def build_tokenizer(config: Config, tables: list[Table | ShardedTable]) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    config: Config | PerceptionConfig, tables: list[Table | ShardedTable]
+) -> PreTrainedTokenizerFast:
     """That of the run to start from or of the trunk, else one trained on the tables' captions."""
     if config.start.run is not None:  # its weights know no other
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)

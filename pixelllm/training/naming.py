@@ -1,6 +1,6 @@
-"""Stage `*-eva02`: a small EVA02 learns to name and box the object under every patch.
+"""Stages `*-eva02`, `*-clip`: a small image encoder learns to name and box what every patch shows.
 
-Stands in for EVA02's published pretraining where there are no published weights of the size:
+Stands in for the published pretraining where there are no published weights of the size:
 at every patch on an object, the words of its name and its box. Features that know both what
 and where make the language model learn in minutes.
 """
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from pixelllm.checkpoints import load_config, load_weights, save_config, save_weights
 from pixelllm.config import Eva02Pretraining
+from pixelllm.images import normalise
 from pixelllm.models.build import build_eva02_branch
+from pixelllm.models.build_perception import build_clip
+from pixelllm.models.clip import PIXEL_MEAN, PIXEL_STD, FusedClip
+from pixelllm.perception_config import ClipPretraining
 from pixelllm.tables import Table
 from pixelllm.training.instances import InstanceBatch, Instances, words_of_regions
 from pixelllm.training.loop import Stage
@@ -24,18 +28,44 @@ COVERAGE = 0.25  # share of a patch that an object must cover to be its label
 
 
 class PatchNamer(nn.Module):
-    """EVA02 with a linear head for words and one for a box, at every patch."""
+    """An image encoder with a linear head for words and one for a box, at every patch."""
 
-    def __init__(self, config: Eva02Pretraining, num_words: int) -> None:
+    def __init__(self, image_encoder: nn.Module, width: int, num_words: int) -> None:
         super().__init__()
-        self.image_encoder = build_eva02_branch(config.eva02, config.frame)
-        self.word_head = nn.Linear(config.eva02.width, num_words)
-        self.box_head = nn.Linear(config.eva02.width, 4)
+        self.image_encoder = image_encoder
+        self.word_head = nn.Linear(width, num_words)
+        self.box_head = nn.Linear(width, 4)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Word logits float[B, h, w, W] and boxes float[B, h, w, 4] in [0, 1] of the image."""
         features = self.image_encoder(images, sizes).permute(0, 2, 3, 1)
         return self.word_head(features), self.box_head(features)
+
+
+class ClipPasses(nn.Module):
+    """CLIP's coarse or fine pass as an image branch: one of them at random in training."""
+
+    def __init__(self, clip: FusedClip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """uint8[B, 3, S, S] and int64[B, 2], which CLIP does not look at -> float[B, C, h, w]."""
+        side = images.shape[-1]
+        pixels = normalise(images, None, PIXEL_MEAN, PIXEL_STD, (side, side))
+        if self.training and torch.rand(()) < 0.5:
+            return self.clip.fine(pixels)
+        patch = self.clip.vit.config.patch_size
+        return self.clip.coarse(pixels).mT.unflatten(2, (side // patch, -1))
+
+
+def build_namer(config: Eva02Pretraining | ClipPretraining, num_words: int) -> PatchNamer:
+    """The encoder that the stage is for, under its heads."""
+    if isinstance(config, ClipPretraining):
+        encoder = ClipPasses(build_clip(config.clip, pretrained=False))
+        return PatchNamer(encoder, config.clip.width, num_words)
+    branch = build_eva02_branch(config.eva02, config.frame)
+    return PatchNamer(branch, config.eva02.width, num_words)
 
 
 def patch_labels(batch: InstanceBatch, side: int) -> tuple[Tensor, Tensor]:
@@ -51,11 +81,14 @@ def patch_labels(batch: InstanceBatch, side: int) -> tuple[Tensor, Tensor]:
 
 
 def build_stage(
-    config: Eva02Pretraining, tables: list[Table], val: list[Table], device: torch.device
+    config: Eva02Pretraining | ClipPretraining,
+    tables: list[Table],
+    val: list[Table],
+    device: torch.device,
 ) -> Stage:
     """The pieces of this stage for the training loop."""
     words = words_of_regions([*tables, *val])
-    model = PatchNamer(config, len(words)).to(device)
+    model = build_namer(config, len(words)).to(device)
     facts = {"frame": config.frame, "objects_per_image": None}
     facts["batch_size"] = config.train.batch_size // config.train.accumulate
     seed, num = config.train.seed, config.train.steps * config.train.accumulate
@@ -110,3 +143,11 @@ def load_eva02_run(folder: Path | str) -> tuple[Eva02Pretraining, nn.Module]:
     branch = build_eva02_branch(config.eva02, config.frame)
     load_weights(branch, folder)
     return config, branch.eval()
+
+
+def load_clip_run(folder: Path | str) -> tuple[ClipPretraining, FusedClip]:
+    """The trained CLIP."""
+    config = load_config(ClipPretraining, folder)
+    passes = ClipPasses(build_clip(config.clip, pretrained=False))
+    load_weights(passes, folder)
+    return config, passes.clip.eval()

@@ -1,0 +1,325 @@
+"""`PerceptionGPT`: the network with its configuration and tokenizer, saved as one folder.
+
+What is asked is worded as the recipe's training data words it first (`pixelllm.templates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+from pixelllm.boxes import order_corners
+from pixelllm.chats import ChatBatch, collate_chats, decode_answer, encode_chat
+from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_config, save_weights
+from pixelllm.conversations import Conversation, Referent
+from pixelllm.generation import Caption
+from pixelllm.loading import WithoutInitialValues
+from pixelllm.locating import Location
+from pixelllm.marked_text import VIS, Mention, cut_unfinished, parse_marked
+from pixelllm.markers import MARKERS, marker_ids
+from pixelllm.mask_codes import encode_mask
+from pixelllm.models.answering import Answers, write_answers
+from pixelllm.models.build_perception import build_perception
+from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
+from pixelllm.perception_config import PerceptionConfig
+from pixelllm.pretrained import TRUNK_FOLDER, special_ids
+from pixelllm.records import Box
+from pixelllm.squares import square_image, unsquare_boxes, unsquare_mask
+from pixelllm.templates import ANSWER, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
+
+PUBLISHED = ("language", "clip")  # parts whose weights a config can name
+WORDINGS = {
+    "referring": LOCATE[0],
+    "region": DESCRIBE[0],
+    "grounded": GROUND[0],
+    "question": SHORT_ANSWER[0],
+    "conversation": CONVERSE[0],
+}
+NOWHERE: Box = (0.0, 0.0, 1.0, 1.0)  # of an object that the model is to find
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A written answer.
+
+    Args:
+        text: without marks.
+        objects: that it mentions, in order; the score is the probability that one is mentioned
+            there at all.
+        mentions: the stretches of the text that mean them.
+        log_prob: sum over the tokens, the end token included.
+    """
+
+    text: str
+    objects: tuple[Location, ...]
+    mentions: tuple[Mention, ...]
+    log_prob: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the text, and per phrase its characters and objects."""
+        phrases = [
+            {"start": m.start, "end": m.end, "objects": list(m.objects)} for m in self.mentions
+        ]
+        objects = [found.to_json() for found in self.objects]
+        return {
+            "answer": self.text, "phrases": phrases, "objects": objects, "log_prob": self.log_prob
+        }  # fmt: skip
+
+
+class PerceptionGPT(PerceptionGPTNetwork):
+    """A vision-language model whose `<vis>` carries a box and a mask, read and written.
+
+    Args:
+        config: sizes and recipe.
+        tokenizer: of the trunk, with the markers (else ValueError).
+        published: of `PUBLISHED`, the parts that start from the weights that the config names.
+        trunk: structure of a trunk with random weights; None takes the sizes of the config.
+    """
+
+    def __init__(
+        self,
+        config: PerceptionConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        published: Collection[str] = (),
+        trunk: PretrainedConfig | None = None,
+    ) -> None:
+        ids = marker_ids(tokenizer), special_ids(tokenizer)
+        super().__init__(**build_perception(config.model, *ids, published, trunk))
+        self.config = config
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Path | str) -> PerceptionGPT:
+        """A saved model in evaluation mode, from a run's folder or a Hub id.
+
+        Raises FileNotFoundError where there is none and ValueError listing keys that do not fit.
+        """
+        config = load_config(PerceptionConfig, name_or_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
+        published, trunk = named_parts(config), None
+        if config.model.language.trunk is not None and "language" not in published:
+            trunk = AutoConfig.from_pretrained(name_or_path, subfolder=TRUNK_FOLDER)
+        with WithoutInitialValues():
+            model = cls(config, tokenizer, published, trunk)
+        load_weights(model, name_or_path, model.named_elsewhere().__contains__)
+        return model.eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config, weights and tokenizer into a folder."""
+        folder = Path(folder)
+        save_config(self.config, folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.config.model.language.trunk is not None:
+            self.language.model.config.save_pretrained(folder / TRUNK_FOLDER)
+        save_weights(self, folder, self.named_elsewhere().__contains__)
+
+    def named_elsewhere(self) -> set[str]:
+        """Tensors whose source a saved model names instead of carrying them.
+
+        Of published parts what does not learn: CLIP where it is frozen, and the trunk but for its
+        LoRA factors and embeddings.
+        """
+        parts = named_parts(self.config)
+        trunk = self.language.model
+        ends = (trunk.get_input_embeddings(), trunk.get_output_embeddings())
+        learned = {id(parameter) for end in ends for parameter in end.parameters()}
+        named = {
+            "language": lambda name, t: "lora_" not in name and id(t) not in learned,
+            "clip": lambda name, t: name.startswith("clip.vit."),
+        }
+        tensors = own_tensors(self).items()
+        return {n for n, t in tensors if (p := n.split(".")[0]) in parts and named[p](n, t)}
+
+    def question(self, task: str, context: str = "") -> str:
+        """How the recipe words the task; `context` is the expression or the question."""
+        own = (source.contexts[0] for source in self.config.sources if source.task == task)
+        return next(own, WORDINGS.get(task, "")).replace("{}", context)
+
+    @torch.no_grad()
+    def locate(
+        self,
+        images: Sequence[Image],
+        texts: Sequence[Sequence[str]],
+        with_masks: bool = False,
+    ) -> list[list[Location]]:
+        """Where expressions point, in one pass: the answer's words are given.
+
+        As the release evaluates (reference, section 2.4). The score is the probability per word
+        that the model answers so.
+
+        Args:
+            images: RGB; texts: the expressions of each.
+            with_masks: also segment what they point at.
+        """
+        found = Referent(NOWHERE)
+        asked = [
+            [
+                Conversation(text, size_of(image), ((self.question("referring", text), ANSWER),),
+                             (found,))
+                for text in of_image
+            ]
+            for image, of_image in zip(images, texts, strict=True)
+        ]  # fmt: skip
+        pixels, chats, kept = self.prepare(images, asked)
+        tokens, objects = chats.tokens, chats.objects
+        if with_masks:
+            every = torch.ones_like(objects.has_mask)
+            nothing = objects.boxes.new_zeros(len(every), 1, 1)
+            objects = objects._replace(has_mask=every, masks=nothing)
+        prediction = self(pixels, tokens, objects)
+        logits = prediction.logits.log_softmax(-1)
+        log_probs = logits.gather(-1, tokens.token_ids[tokens.is_answer][:, None])[:, 0]
+        per_row = log_probs.split(tokens.is_answer.sum(1).tolist())
+        scores = [float(row.mean().exp()) for row in per_row]
+        masks = prediction.masks if with_masks else [None] * len(scores)
+        rows = iter(list(zip(prediction.boxes, scores, masks, strict=True)))
+        located = [
+            [to_location(*next(rows), size_of(image)) for _ in range(kept.width)]
+            for image in images
+        ]
+        return kept.of(located)
+
+    @torch.no_grad()
+    def describe_boxes(
+        self, images: Sequence[Image], boxes: Sequence[Sequence[Box]], num_beams: int = 1
+    ) -> list[list[Caption]]:
+        """What is in each box, xyxy in [0, 1] of its image; the captions' words have no points."""
+        question = self.question("region")
+        asked = [
+            [
+                Conversation(f"box {box}", size_of(image), ((question, ""),),
+                             (Referent(tuple(box)),) * question.count(VIS))
+                for box in of_image
+            ]
+            for image, of_image in zip(images, boxes, strict=True)
+        ]  # fmt: skip
+        answers = self._write(images, asked, num_beams, with_masks=False)
+        return [[Caption(a.text, (), a.log_prob) for a in of_image] for of_image in answers]
+
+    @torch.no_grad()
+    def ask(
+        self,
+        images: Sequence[Image],
+        questions: Sequence[Sequence[str]],
+        num_beams: int = 1,
+        with_masks: bool = True,
+    ) -> list[list[Answer]]:
+        """Answers to questions as `question` words them, each on its own."""
+        asked = [
+            [Conversation(text, size_of(image), ((text, ""),), ()) for text in of_image]
+            for image, of_image in zip(images, questions, strict=True)
+        ]
+        return self._write(images, asked, num_beams, with_masks)
+
+    def _write(
+        self,
+        images: Sequence[Image],
+        asked: Sequence[Sequence[Conversation]],
+        num_beams: int,
+        with_masks: bool,
+    ) -> list[list[Answer]]:
+        pixels, chats, kept = self.prepare(images, asked, pad_left=True)
+        answers = write_answers(
+            self,
+            pixels,
+            chats.tokens.token_ids,
+            chats.tokens.padding,
+            chats.objects,
+            max_new_tokens=self.config.max_new_tokens,
+            num_beams=num_beams,
+            feed_masks=self.config.model.vis.read == "mask",
+            with_masks=with_masks,
+        )
+        sizes = [size_of(image) for image in images for _ in range(kept.width)]
+        rows = iter([self._read(answers, row, size) for row, size in enumerate(sizes)])
+        return kept.of([[next(rows) for _ in range(kept.width)] for _ in images])
+
+    def _read(self, answers: Answers, row: int, size: tuple[int, int]) -> Answer:
+        """One row of the answers about an image of this size."""
+        valid = ~answers.padding[row]
+        token_ids, log_probs = answers.token_ids[row][valid], answers.log_probs[row][valid]
+        written = cut_unfinished(decode_answer(token_ids.tolist(), self.tokenizer))
+        mine = (answers.row == row).nonzero()[:, 0][: written.count(VIS)]
+        scores = log_probs[token_ids == self.markers.vis].exp().tolist()
+        masks = answers.masks if len(answers.masks) else [None] * len(answers.boxes)
+        objects = tuple(
+            to_location(answers.boxes[n], score, masks[n], size)
+            for n, score in zip(mine.tolist(), scores, strict=False)
+        )
+        try:
+            text, mentions = parse_marked(written, len(objects))
+        except ValueError:  # a model may leave marks unmatched
+            text, mentions = without_marks(written), ()
+        return Answer(text, objects, mentions, float(log_probs.sum()))
+
+    def prepare(
+        self,
+        images: Sequence[Image],
+        asked: Sequence[Sequence[Conversation]],
+        pad_left: bool = False,
+    ) -> tuple[Tensor, ChatBatch, Rows]:
+        """Pixels uint8[B, 3, S, S] and chats with equally many rows an image, on the device.
+
+        Raises ValueError for an image without a conversation.
+        """
+        if not all(asked):
+            raise ValueError("every image needs a question or a box")
+        frame, width = self.config.model.frame, max(map(len, asked))
+        filled = [c for of_image in asked for c in (*of_image, *of_image[-1:] * width)[:width]]
+        num_patches, limit = self.clip.num_tokens(frame), self.config.max_tokens
+        chats = [encode_chat(c, self.tokenizer, num_patches, limit) for c in filled]
+        side = self.config.model.vis.mask_size
+        batch = collate_chats(chats, self.tokenizer, mask_side=side, pad_left=pad_left)
+        device = next(self.parameters()).device
+        pixels = torch.stack([square_image(image, frame) for image in images])
+        return pixels.to(device), batch.to(device), Rows(width, [len(found) for found in asked])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images have `width` rows each, of which the first `counts[i]` were asked for."""
+
+    width: int
+    counts: list[int]
+
+    def of(self, found: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        return [list(row[:n]) for row, n in zip(found, self.counts, strict=True)]
+
+
+def named_parts(config: PerceptionConfig) -> list[str]:
+    """Published parts that saved models name the source of: those that do not learn."""
+    if config.include_frozen:
+        return []
+    language, clip = config.model.language, config.model.clip
+    is_named = {
+        "language": language.trunk is not None and language.lora_rank > 0,
+        "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
+    }
+    return [part for part in PUBLISHED if is_named[part]]
+
+
+def size_of(image: Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def to_location(box: Tensor, score: float, mask: Tensor | None, size: tuple[int, int]) -> Location:
+    """A box float[4] and mask logits float[h, w] over the square, on the image of this size."""
+    inside = unsquare_boxes(order_corners(box.float()), size).cpu().tolist()
+    if mask is None:
+        return Location(tuple(inside), score)
+    return Location(
+        tuple(inside), score, encode_mask((unsquare_mask(mask, size) > 0).cpu().numpy())
+    )
+
+
+def without_marks(text: str) -> str:
+    for mark in MARKERS:
+        text = text.replace(mark, "")
+    return text.strip()

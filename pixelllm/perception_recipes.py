@@ -1,0 +1,122 @@
+"""Recipes of PerceptionGPT: the released run, one behind SmolLM2, and one for procedural scenes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pixelllm import templates
+from pixelllm.config import LanguageConfig, Source, TrainConfig
+from pixelllm.perception_config import (
+    ClipConfig,
+    ClipPretraining,
+    PerceptionConfig,
+    PerceptionModelConfig,
+    PerceptionStart,
+    VisConfig,
+)
+from pixelllm.scene_recipes import SMOLLM2, TINY_PRETRAINING
+
+TINY_CLIP = ClipConfig(
+    image_size=160,
+    patch_size=16,
+    width=128,
+    depth=5,  # the last block is not read
+    num_heads=4,
+    ff_width=384,
+    fine_patch=8,
+    weights=None,
+)
+SCENE_SOURCES = (
+    Source(
+        "referring",
+        weight=3,
+        phrases_per_image=4,
+        contexts=(*templates.LOCATE, *templates.SEGMENT),
+    ),
+    Source("region", phrases_per_image=4, contexts=templates.DESCRIBE),
+    Source("grounded", contexts=templates.GROUND),
+    Source("question", phrases_per_image=4, contexts=templates.SHORT_ANSWER),
+)
+
+
+def perceptiongpt_7b() -> PerceptionConfig:
+    """PerceptionGPT as released: Vicuna-7B on the merged RefCOCO expressions."""
+    return PerceptionConfig(
+        name="perceptiongpt-7b",
+        sources=(Source("referring", contexts=templates.SEGMENT),),
+        train=TrainConfig(
+            steps=50_200,  # 10 epochs of 321,327 expressions
+            batch_size=64,
+            lr=2e-5,
+            warmup=100,
+            betas=(0.9, 0.95),
+            clip=1.0,
+            bfloat16=True,
+            recompute=True,
+            frozen=("clip.vit", "projector"),
+            seed=42,
+        ),
+    )
+
+
+def perceptiongpt_smollm2() -> PerceptionConfig:
+    """PerceptionGPT with SmolLM2-135M behind the eyes of scenes-clip."""
+    tiny = scenes_perceptiongpt()
+    language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=64, lora_dropout=0.1)
+    return replace(
+        tiny,
+        name="perceptiongpt-smollm2",
+        model=replace(tiny.model, language=language),
+        train=replace(tiny.train, batch_size=8, lr=1e-3, bfloat16=True),
+        max_tokens=768,
+    )
+
+
+def scenes_clip() -> ClipPretraining:
+    """A small CLIP that names the objects of scenes: scenes-perceptiongpt's eyes."""
+    train = replace(TINY_PRETRAINING, steps=2000)
+    return ClipPretraining(name="scenes-clip", frame=160, clip=TINY_CLIP, train=train)
+
+
+def scenes_perceptiongpt() -> PerceptionConfig:
+    """PerceptionGPT on scenes, minutes on two cores."""
+    return PerceptionConfig(
+        name="scenes-perceptiongpt",
+        model=PerceptionModelConfig(
+            frame=160,
+            clip=TINY_CLIP,
+            vis=VisConfig(
+                box_hidden=128, mask_size=160, mask_bottleneck=64, num_heads=4, ff_width=256
+            ),
+            language=LanguageConfig(
+                trunk=None,
+                architecture="llama",
+                lora_rank=0,
+                width=128,
+                num_decoder_layers=4,
+                num_heads=4,
+                ff_width=384,
+                dropout=0.0,
+                vocab_size=512,
+            ),
+        ),
+        start=PerceptionStart(clip="runs/scenes-clip"),
+        sources=SCENE_SOURCES,
+        train=TrainConfig(
+            steps=3000,
+            batch_size=16,
+            lr=2e-3,
+            warmup=100,
+            weight_decay=0.01,
+            betas=(0.9, 0.98),
+            clip=1.0,
+            frozen=(),
+            lr_scales={"clip": 0.2},  # it comes trained
+            eval_every=500,
+            eval_batches=4,
+            save_every=500,
+        ),
+        max_tokens=512,
+        max_new_tokens=96,
+        include_frozen=True,
+    )

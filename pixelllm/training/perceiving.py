@@ -1,0 +1,190 @@
+"""PerceptionGPT's stage: it learns to answer, with boxes and masks, from a mixture of sources.
+
+Reference of PerceptionGPT, sections 4 to 6. Differences: tasks are mixed by batch as PixelLLM's
+are, and the phrases of an image are the rounds of one conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pixelllm.batches import TextLimits
+from pixelllm.chats import PLAIN, ChatBatch, collate_chats, encode_chat
+from pixelllm.checkpoints import write_text
+from pixelllm.config import Source
+from pixelllm.conversations import converse
+from pixelllm.markers import add_markers
+from pixelllm.mixture import Mixture
+from pixelllm.models.perceptiongpt import draw_by_mask
+from pixelllm.perceiving import PUBLISHED, PerceptionGPT
+from pixelllm.perception_config import PerceptionConfig
+from pixelllm.shards import ShardedTable
+from pixelllm.sources import choose_phrases
+from pixelllm.squares import square_image
+from pixelllm.tables import Table
+from pixelllm.training.captioning import (
+    BASELINE_FILE,
+    build_tokenizer,
+    sample_captions,
+    scored_sources,
+)
+from pixelllm.training.loop import Stage
+from pixelllm.training.naming import load_clip_run
+from pixelllm.training.optimizer import freeze
+from pixelllm.training.promptable import check_same
+from pixelllm.training.recompute import recompute_blocks
+from pixelllm.views import open_record_image
+from pixelllm.vis_losses import perception_losses
+
+
+@dataclass(frozen=True)
+class PerceptionBatch:
+    """B images uint8[B, 3, S, S], padded to squares, with a chat each."""
+
+    images: Tensor
+    chats: ChatBatch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return self.chats.ids
+
+    def to(self, device: torch.device) -> PerceptionBatch:
+        return PerceptionBatch(self.images.to(device), self.chats.to(device))
+
+
+class ChatMixture(Mixture):
+    """The walks of `Mixture` through its sources, as batches of conversations.
+
+    Args:
+        config: of the recipe, whose conversations these are.
+        num_patches: visual tokens of an image.
+        sources: instead of the recipe's.
+        num_steps: length of the stream.
+    """
+
+    def __init__(
+        self,
+        tables: list[Table | ShardedTable],
+        tokenizer: PreTrainedTokenizerFast,
+        config: PerceptionConfig,
+        num_patches: int,
+        *,
+        sources: Sequence[Source],
+        num_steps: int,
+    ) -> None:
+        train = config.train
+        super().__init__(
+            tables,
+            sources,
+            tokenizer,
+            TextLimits(0, config.max_tokens, 0),
+            frame=config.model.frame,
+            batch_size=train.batch_size // train.accumulate,
+            num_steps=num_steps,
+            seed=train.seed,
+        )
+        self.num_patches = num_patches
+        self.mask_side = config.model.vis.mask_size
+
+    def __getitem__(self, step: int) -> PerceptionBatch:
+        records = self.sources[self.picks[step]]
+        rng = np.random.default_rng([self.seed, 1, step])
+        drawn = records.batch(step, int(self.turns[step]))
+        chosen = [choose_phrases(records.source, record, rng) for record in drawn]
+        max_tokens = self.limits.max_tokens
+        chats = [
+            encode_chat(converse(item), self.tokenizer, self.num_patches, max_tokens)
+            for item in chosen
+        ]
+        images = torch.stack(
+            [square_image(open_record_image(record), self.frame) for record in drawn]
+        )
+        batch = collate_chats(chats, self.tokenizer, mask_side=self.mask_side)
+        return PerceptionBatch(images, batch)
+
+
+def build_stage(
+    config: PerceptionConfig,
+    tables: list[Table | ShardedTable],
+    val: list[Table | ShardedTable],
+    device: torch.device,
+) -> Stage:
+    """The pieces of this stage for the training loop."""
+    tokenizer = build_chat_tokenizer(config, tables)
+    if config.model.language.trunk is None:
+        language = replace(config.model.language, vocab_size=len(tokenizer))
+        config = replace(config, model=replace(config.model, language=language))
+    model = build_model(config, tokenizer).to(device)
+    freeze(model, config.train.frozen)
+    if config.train.recompute:
+        recompute_blocks(model)
+    facts = (tokenizer, config, model.clip.num_tokens(config.model.frame))
+    train = config.train
+    num_steps = train.steps * train.accumulate
+    batches = ChatMixture(tables, *facts, sources=config.sources, num_steps=num_steps)
+    scored = scored_sources(config.sources, val)
+    val_batches = [
+        ChatMixture(val, *facts, sources=(source,), num_steps=train.eval_batches)
+        for source in scored
+    ]
+
+    def loss(batch: PerceptionBatch) -> dict[str, Tensor]:
+        tokens, objects = batch.chats.tokens, batch.chats.objects
+        by_mask = draw_by_mask(config.model.vis.read, objects.has_mask)
+        objects = objects._replace(by_mask=by_mask)
+        return perception_losses(model(batch.images, tokens, objects), tokens, objects)
+
+    def validate() -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for source, mixture in zip(scored, val_batches, strict=True):
+            terms = [loss(mixture[i].to(device)) for i in range(len(mixture))]
+            means = {k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
+            scores |= {f"{source.task}_{name}": mean for name, mean in means.items() if mean}
+        return {"loss": sum(scores.values()), **scores}
+
+    def export(folder: Path) -> None:
+        model.save_pretrained(folder)
+        samples = {records.source.task: sample_captions(records) for records in batches.sources}
+        write_text(folder / BASELINE_FILE, json.dumps(samples))
+
+    return Stage(model, batches, loss, validate, export)
+
+
+def build_chat_tokenizer(
+    config: PerceptionConfig, tables: list[Table | ShardedTable]
+) -> PreTrainedTokenizerFast:
+    """As `build_tokenizer`, with the markers; one trained here has a plain chat template."""
+    tokenizer = build_tokenizer(config, tables)
+    if config.start.run is None:
+        language = config.model.language
+        if language.trunk is None and language.tokenizer is None:
+            tokenizer.chat_template = PLAIN
+        add_markers(tokenizer)
+    return tokenizer
+
+
+def build_model(config: PerceptionConfig, tokenizer: PreTrainedTokenizerFast) -> PerceptionGPT:
+    """A PerceptionGPT that starts from what the recipe names."""
+    start = config.start
+    if start.run is not None:
+        model = PerceptionGPT.from_pretrained(start.run)
+        check_same(config.model, model.config.model, start.run)
+        model.config = config
+        return model
+    model = PerceptionGPT(config, tokenizer, published=PUBLISHED)
+    if start.clip is not None:
+        trained, eyes = load_clip_run(start.clip)
+        check_same(config.model.clip, trained.clip, start.clip)
+        model.clip.load_state_dict(eyes.state_dict())
+    return model

@@ -1,0 +1,247 @@
+"""PerceptionGPT as a product: trained from tables, saved, loaded, and asked about images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tables, run_stage
+from PIL import Image
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from data import flickr30k, llava
+from pixelllm.config import LanguageConfig, TrainConfig
+from pixelllm.images import open_image
+from pixelllm.marked_text import VIS
+from pixelllm.markers import add_markers
+from pixelllm.mask_codes import decode_mask
+from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perception_config import (
+    ClipConfig,
+    ClipPretraining,
+    PerceptionConfig,
+    PerceptionModelConfig,
+    PerceptionStart,
+    VisConfig,
+)
+from pixelllm.perception_recipes import SCENE_SOURCES
+from pixelllm.tables import Table
+from pixelllm.tokenizer import train_tokenizer
+from pixelllm.training import perceiving
+
+CLIP = ClipConfig(
+    image_size=32, patch_size=16, width=32, depth=3, num_heads=2, ff_width=32, fine_patch=8,
+    weights=None,
+)  # fmt: skip
+LANGUAGE = LanguageConfig(
+    trunk=None, architecture="llama", lora_rank=0, width=32, num_decoder_layers=2, num_heads=2,
+    ff_width=48, dropout=0.0, vocab_size=400,
+)  # fmt: skip
+CONFIG = PerceptionConfig(
+    "tiny-perception",
+    PerceptionModelConfig(
+        frame=32,
+        clip=CLIP,
+        vis=VisConfig(box_hidden=16, mask_size=32, mask_bottleneck=8, num_heads=2, ff_width=16),
+        language=LANGUAGE,
+    ),
+    sources=SCENE_SOURCES,
+    train=TrainConfig(
+        steps=6, batch_size=4, lr=1e-2, warmup=0, frozen=(), eval_batches=1, log_every=1
+    ),
+    max_tokens=512,
+    max_new_tokens=20,
+    include_frozen=True,
+)
+
+
+@pytest.fixture(scope="module")
+def perception_tables(tiny_scenes: Path, tiny_tables: Tables, tmp_path_factory) -> list[Path]:
+    """Training tables of all four tasks."""
+    folder, annotations = tmp_path_factory.mktemp("tables"), tiny_scenes / "annotations"
+    archive = annotations / "flickr30k/annotations.zip"
+    split = annotations / "flickr30k/train.txt"
+    flickr30k.convert(archive, tiny_scenes / "train", folder / "grounded", split)
+    llava.convert([annotations / "llava_train.json"], tiny_scenes, folder / "questions")
+    made = [folder / "grounded", folder / "questions"]
+    return [tiny_tables.train_referring, tiny_tables.train_described, *made]
+
+
+@pytest.fixture(scope="module")
+def run(perception_tables: list[Path], tmp_path_factory) -> Path:
+    """A finished run of a few steps."""
+    out = tmp_path_factory.mktemp("runs") / "perception"
+    return run_stage(CONFIG, perception_tables, perception_tables, out)
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> PerceptionGPT:
+    return PerceptionGPT.from_pretrained(run)
+
+
+@pytest.fixture(scope="module")
+def images(perception_tables: list[Path]) -> list[Image.Image]:
+    """One of them is wide, the other high."""
+    table = Table(perception_tables[0])
+    first, second = (open_image(table[n].path) for n in range(2))
+    width, height = first.size
+    return [first.crop((0, 0, width, height // 2)), second.crop((0, 0, width // 2, height))]
+
+
+def test_every_source_is_drawn_and_batches_depend_on_their_number_alone(perception_tables):
+    tables = [Table(path) for path in perception_tables]
+    longer = replace(CONFIG, train=replace(CONFIG.train, steps=20))
+    one, other = (
+        perceiving.build_stage(longer, tables, tables, torch.device("cpu")).batches
+        for _ in range(2)
+    )
+    tasks = set()
+    for number in (13, *range(20)):
+        mine, again = one[number], other[number]
+        tasks |= {name.split("/")[0].split("+")[0] for name in mine.ids}
+        assert mine.ids == again.ids and torch.equal(mine.images, again.images)
+        assert torch.equal(mine.chats.tokens.token_ids, again.chats.tokens.token_ids)
+        assert len(mine.images) == len(mine.ids) == len(mine) == 4
+    assert tasks == {"referring", "region", "grounded", "question"}
+
+
+def test_validation_tells_tasks_and_terms_apart(perception_tables):
+    tables = [Table(path) for path in perception_tables]
+    stage = perceiving.build_stage(CONFIG, tables, tables[:2], torch.device("cpu"))
+    with torch.no_grad():
+        scores = stage.validate()
+    boxes = {f"referring_{name}" for name in ("text", "l1", "giou", "bce", "dice")}
+    assert set(scores) == {"loss", "region_text", *boxes}
+    assert next(iter(scores)) == "loss"
+
+
+def test_a_saved_model_answers_as_it_did(run, model, images, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = PerceptionGPT.from_pretrained(tmp_path)
+    texts = [["the red car", "a tree"], ["the boat"]]
+    assert again.locate(images, texts, True) == model.locate(images, texts, True)
+    assert again.config == model.config
+    assert json.loads((run / "config.json").read_text())["kind"] == "PerceptionConfig"
+
+
+def test_expressions_are_located_each_on_its_own(model, images):
+    """Catches padding that counts, rows of another image, and masks of another size."""
+    texts = [["the red car left of the little tree", "a tree"], ["the boat"]]
+    together = model.locate(images, texts, with_masks=True)
+    assert [len(found) for found in together] == [2, 1]
+    for image, of_image, found in zip(images, texts, together, strict=True):
+        for text, location in zip(of_image, found, strict=True):
+            (alone,) = model.locate([image], [[text]], with_masks=True)[0]
+            assert location.box == pytest.approx(alone.box, abs=1e-5)
+            assert location.score == pytest.approx(alone.score, rel=1e-4)
+            x0, y0, x1, y1 = location.box
+            assert 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1 and 0 < location.score < 1
+            assert decode_mask(location.mask).shape == (image.height, image.width)
+    assert model.locate(images[:1], texts[:1])[0][0].mask is None
+
+
+def test_boxes_are_described_and_questions_answered_in_the_order_given(model, images):
+    boxes = [[(0.1, 0.1, 0.5, 0.9)], [(0.0, 0.0, 0.4, 0.4), (0.5, 0.5, 1.0, 1.0)]]
+    captions = model.describe_boxes(images, boxes)
+    assert [len(found) for found in captions] == [1, 2]
+    (alone,) = model.describe_boxes(images[1:], [boxes[1][1:]])[0]
+    assert captions[1][1].text == alone.text
+    assert captions[1][1].log_prob == pytest.approx(alone.log_prob, abs=1e-3) and alone.words == ()
+    asked = [[model.question("question", "How many cars?")], [model.question("grounded")]]
+    answers = model.ask(images, asked)
+    assert [len(found) for found in answers] == [1, 1] and "<" not in answers[0][0].text
+
+
+def test_answers_carry_the_objects_they_mention(model, images):
+    """With a head that writes `<vis>` alone: every one has its box, mask and probability."""
+    head = model.language.model.lm_head
+    kept = head.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            head.weight.zero_()
+            hidden = model(*forward_inputs(model, images)).hidden
+            head.weight[model.markers.vis] = hidden[0, -1] * 100
+        (answer,) = model.ask(images[:1], [[model.question("grounded")]])[0]
+    finally:
+        head.weight.data.copy_(kept)
+    assert len(answer.objects) == CONFIG.max_new_tokens and answer.text == ""
+    assert all(found.score > 0.99 for found in answer.objects) and answer.mentions == ()
+    size = (images[0].height, images[0].width)
+    assert all(tuple(found.mask["size"]) == size for found in answer.objects)
+    assert len(answer.to_json()["objects"]) == len(answer.objects)
+
+
+def forward_inputs(model, images):
+    from pixelllm.conversations import Conversation
+
+    talk = Conversation("t", (4, 4), ((model.question("grounded"), ""),), ())
+    pixels, chats, _ = model.prepare(images[:1], [[talk]])
+    return pixels, chats.tokens, chats.objects
+
+
+def test_a_named_trunk_is_not_saved_but_its_embeddings_are(perception_tables, images, tmp_path):
+    """Catches markers that come back untrained, because they lie in a published trunk."""
+    trunk = tmp_path / "trunk"
+    tokenizer = train_tokenizer(["a red car"], 300)
+    tokenizer.save_pretrained(trunk)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).save_pretrained(trunk)
+    language = LanguageConfig(trunk=str(trunk), lora_rank=2, lora_alpha=4)
+    config = replace(
+        CONFIG, model=replace(CONFIG.model, language=language), include_frozen=False,
+        train=replace(CONFIG.train, steps=3), sources=CONFIG.sources[:1],
+    )  # fmt: skip
+    out = run_stage(config, perception_tables[:1], perception_tables[0], tmp_path / "run")
+    with safe_open(out / "model.safetensors", "pt") as stored:
+        saved = {name for name in stored.keys() if name.startswith("language.")}
+        embeddings = stored.get_tensor("language.model.model.embed_tokens.weight")
+    assert all("lora_" in n or n.endswith(("embed_tokens.weight", "lm_head.weight")) for n in saved)
+    assert any("lm_head" in name for name in saved) and any("lora_" in name for name in saved)
+    start, model = (PerceptionGPT.from_pretrained(path) for path in (out / "start", out))
+    assert torch.equal(model.language.model.get_input_embeddings().weight, embeddings)
+    assert not torch.equal(start.language.model.get_input_embeddings().weight, embeddings)
+    assert model.locate(images, [["a car"], ["a tree"]])[0][0].score > 0
+
+
+def test_a_pretrained_clip_is_where_training_starts(perception_tables, tiny_tables, tmp_path):
+    stage = ClipPretraining("tiny-clip", 32, CLIP, train=replace(CONFIG.train, steps=2))
+    tables = (tiny_tables.train_regions, tiny_tables.val_regions)
+    eyes = run_stage(stage, tables[:1], tables[1], tmp_path / "clip")
+    config = replace(CONFIG, start=PerceptionStart(clip=str(eyes)))
+    tokenizer = train_tokenizer(["a"], 300)
+    add_markers(tokenizer)
+    language = replace(LANGUAGE, vocab_size=len(tokenizer))
+    config = replace(config, model=replace(config.model, language=language))
+    weight = perceiving.build_model(config, tokenizer).clip.vit.embeddings.patch_embedding.weight
+    with safe_open(eyes / "model.safetensors", "pt") as stored:
+        (name,) = (n for n in stored.keys() if n.endswith("patch_embedding.weight"))
+        assert torch.equal(weight, stored.get_tensor(name))
+    other = replace(config, model=replace(config.model, clip=replace(CLIP, ff_width=64)))
+    with pytest.raises(ValueError, match="ff_width is 32 there, 64 here"):
+        perceiving.build_model(other, tokenizer)
+
+
+def test_a_run_goes_on_from_another(run, perception_tables, tmp_path):
+    config = replace(CONFIG, start=PerceptionStart(run=str(run)))
+    tables = [Table(path) for path in perception_tables]
+    stage = perceiving.build_stage(config, tables, tables, torch.device("cpu"))
+    given, trained = stage.model.state_dict(), PerceptionGPT.from_pretrained(run).state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in given.items())
+
+
+def test_features_are_not_cached(tmp_path):
+    options = ["--data", "a", "--val", "b", "--out", str(tmp_path), "--cache-features", "c"]
+    with pytest.raises(SystemExit, match="--cache-features: scenes-perceptiongpt"):
+        train.main(["scenes-perceptiongpt", *options])
+
+
+def test_a_trunk_is_worded_as_the_recipe_has_it(model):
+    assert "red car" in model.question("referring", "red car")
+    assert model.question("region").count(VIS) == 1
+    assert model.question("referring", "x") == SCENE_SOURCES[0].contexts[0].replace("{}", "x")
