@@ -22,13 +22,15 @@ import tyro
 
 from data.scene_expressions import parse_region
 from data.scene_narrations import object_mentions
-from pixelllm.commands.given import load_model
+from pixelllm.commands.given import load_any_model
+from pixelllm.evaluation.answers import evaluate_answers, evaluate_grounded
 from pixelllm.evaluation.boxes import evaluate_dense, evaluate_regions
 from pixelllm.evaluation.expressions import evaluate_expressions
 from pixelllm.evaluation.meteor_data import MeteorUnavailable
 from pixelllm.evaluation.objects import find_truth, load_truth
 from pixelllm.evaluation.report import Evaluation, Limits
 from pixelllm.evaluation.trace import evaluate_trace
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import Table
 from pixelllm.training.captioning import BASELINE_FILE
@@ -56,7 +58,9 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     data: Path
-    task: Literal["trace", "referring", "segmentation", "region", "dense"] = "trace"
+    task: Literal["trace", "referring", "segmentation", "region", "dense", "grounded", "vqa"] = (
+        "trace"
+    )
     limit: int | None = None
     beams: int = 1
     batch_size: int = 50
@@ -78,7 +82,7 @@ class Options:
 
 
 def evaluate(options: Options) -> None:
-    model = load_model(str(options.run), options.device, options.dtype, options.int8)
+    model = load_any_model(str(options.run), options.device, options.dtype, options.int8)
     found = score(options, model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     out = options.out or options.run / "eval"
@@ -86,11 +90,16 @@ def evaluate(options: Options) -> None:
     found.print_table(options.task)
 
 
-def score(options: Options, model: PixelLLM) -> Evaluation:
+def score(options: Options, model: PixelLLM | PerceptionGPT) -> Evaluation:
     """The task's predictions and scores."""
     table = Table(options.data)
     limits = Limits(options.limit, options.beams, options.batch_size)
     task = (model, table, limits)
+    check_task(options, model)
+    if options.task == "vqa":
+        return evaluate_answers(*task)
+    if options.task == "grounded":
+        return evaluate_grounded(*task, training_captions(options.run, "grounded"))
     if options.task in ("region", "dense"):
         captions = training_captions(options.run, "region")
         if options.task == "region":
@@ -103,6 +112,18 @@ def score(options: Options, model: PixelLLM) -> Evaluation:
         return evaluate_trace(*task, captions, known, object_mentions)
     labels = {k: v for truth in (known or {}).values() for k, v in truth.expressions.items()}
     return evaluate_expressions(*task, labels, options.task == "segmentation", options.snap)
+
+
+def check_task(options: Options, model: PixelLLM | PerceptionGPT) -> None:
+    """Raise ValueError for a task that the run's kind of model does not do."""
+    is_perception = isinstance(model, PerceptionGPT)
+    others = ("trace", "dense") if is_perception else ("grounded", "vqa")
+    if options.task in others:
+        raise ValueError(
+            f"{options.run} is a {type(model).__name__}, which has no task {options.task!r}"
+        )
+    if options.snap and is_perception:
+        raise ValueError(f"--snap: {options.run} is a PerceptionGPT, which has no detector")
 
 
 def training_captions(run: Path, task: str) -> list[str]:

@@ -2,6 +2,7 @@
 
     pixelllm caption photo.jpg --model runs/quickstart --html photo.html
     pixelllm locate photo.jpg "the red car" --model runs/joint-refseg --mask --png car.png
+    pixelllm ask photo.jpg "What is on the left?" --model runs/scenes-perceptiongpt
     pixelllm dense photo.jpg --model runs/joint-refseg --html objects.html
     pixelllm info runs/quickstart
     pixelllm plan ln-coco-t5xl --gpus 8 --memory 80
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 
 import tyro
 
+from pixelllm.commands.ask import AskCommand, ask
 from pixelllm.commands.caption import CaptionCommand, caption
 from pixelllm.commands.convert import ConvertCommand, convert
 from pixelllm.commands.dense import DenseCommand, dense
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = (
         Annotated[CaptionCommand, tyro.conf.subcommand("caption")]
         | Annotated[LocateCommand, tyro.conf.subcommand("locate")]
+        | Annotated[AskCommand, tyro.conf.subcommand("ask")]
         | Annotated[DenseCommand, tyro.conf.subcommand("dense")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 caption(command)
             case LocateCommand():
                 locate(command)
+            case AskCommand():
+                ask(command)
             case DenseCommand():
                 dense(command)
             case InfoCommand():

@@ -22,7 +22,7 @@ from pixelllm.pretrained import PixelLLM
 from pixelllm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("caption", "locate", "dense", "info", "plan", "convert", "import")
+COMMANDS = ("caption", "locate", "ask", "dense", "info", "plan", "convert", "import")
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def test_help_fits_a_screen(arguments, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= (32 if arguments == ["--help"] else 50)
+    assert len(lines) <= (18 + 2 * len(COMMANDS) if arguments == ["--help"] else 50)
     if arguments == ["--help"]:
         shown = [line.split()[1] for line in lines[:14] if line.startswith("    pixelllm ")]
         assert tuple(shown) == COMMANDS

@@ -13,14 +13,20 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import eval as command
 import train
 from data import flickr30k, llava
+from pixelllm import cli
 from pixelllm.config import LanguageConfig, TrainConfig
+from pixelllm.conversations import Conversation
+from pixelllm.evaluation.answers import normalised, score_phrases
+from pixelllm.evaluation.meteor import unavailable_reason
 from pixelllm.images import open_image
-from pixelllm.marked_text import VIS
+from pixelllm.locating import Location
+from pixelllm.marked_text import VIS, Mention
 from pixelllm.markers import add_markers
 from pixelllm.mask_codes import decode_mask
-from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perceiving import Answer, PerceptionGPT
 from pixelllm.perception_config import (
     ClipConfig,
     ClipPretraining,
@@ -30,6 +36,7 @@ from pixelllm.perception_config import (
     VisConfig,
 )
 from pixelllm.perception_recipes import SCENE_SOURCES
+from pixelllm.records import Phrase, Piece
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training import perceiving
@@ -177,8 +184,6 @@ def test_answers_carry_the_objects_they_mention(model, images):
 
 
 def forward_inputs(model, images):
-    from pixelllm.conversations import Conversation
-
     talk = Conversation("t", (4, 4), ((model.question("grounded"), ""),), ())
     pixels, chats, _ = model.prepare(images[:1], [[talk]])
     return pixels, chats.tokens, chats.objects
@@ -245,3 +250,101 @@ def test_a_trunk_is_worded_as_the_recipe_has_it(model):
     assert "red car" in model.question("referring", "red car")
     assert model.question("region").count(VIS) == 1
     assert model.question("referring", "x") == SCENE_SOURCES[0].contexts[0].replace("{}", "x")
+
+
+def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, capsys):
+    """The commands of PixelLLM take a PerceptionGPT, and its own refuse what it cannot do."""
+    image = Table(perception_tables[0])[0].path
+    model = ["--model", str(run), "--device", "cpu"]
+    picture = tmp_path / "found.png"
+    cli.main(["locate", image, "the red car", "a tree", "--mask", "--json", "--png", str(picture),
+              *model])  # fmt: skip
+    located = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [found["text"] for found in located] == ["the red car", "a tree"]
+    assert all(found["mask"]["size"] == found["size_hw"] for found in located)
+    assert picture.stat().st_size
+    box = ["--box", "0.1", "0.2", "0.5", "0.9"]
+    cli.main(["caption", image, *box, "--json", *model])
+    captioned = json.loads(capsys.readouterr().out)
+    assert captioned["prompt_box"] == [0.1, 0.2, 0.5, 0.9] and captioned["words"] == []
+    cli.main(["ask", image, "How many cars?", "--json", *model])
+    assert json.loads(capsys.readouterr().out)["question"] == "How many cars?"
+    cli.main(["ask", image, *model])
+    cli.main(["info", str(run)])
+    assert "tiny-perception" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["locate", "{}", "a car", "--snap"], "--snap: .* is a PerceptionGPT"),
+        (["caption", "{}"], "give --box, or try: pixelllm ask"),
+        (["caption", "{}", "--box", "0", "0", "1", "1", "--gif", "a.gif"], "do not"),
+        (["caption", "{}", "--box", "0", "0", "1", "1", "--int8"], "--dtype and --int8"),
+        (["dense", "{}"], "holds a PerceptionConfig, expected a Config"),
+    ],
+)
+def test_what_a_perceptiongpt_cannot_do_is_refused(arguments, reason, run, perception_tables):
+    image = Table(perception_tables[0])[0].path
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{reason}"):
+        cli.main([*(a.format(image) for a in arguments), "--model", str(run), "--device", "cpu"])
+
+
+def test_pixelllm_answers_no_questions(tiny_run, perception_tables):
+    image = Table(perception_tables[0])[0].path
+    with pytest.raises(SystemExit, match="is no PerceptionGPT"):
+        cli.main(["ask", image, "Why?", "--model", str(tiny_run.main)])
+
+
+def evaluate(run: Path, task: str, table: Path, out: Path, **changes) -> dict:
+    options = {"run": run, "task": task, "data": table, "out": out, "device": "cpu", **changes}
+    command.evaluate(command.Options(**options))
+    return json.loads((out / f"{task}.json").read_text())
+
+
+def test_every_task_is_evaluated(run, perception_tables, tmp_path):
+    referring, described, grounded, questions = perception_tables
+    for task, table, score in (
+        ("referring", referring, "box_precision"),
+        ("segmentation", referring, "mask_ciou"),
+        ("grounded", grounded, "phrase_precision"),
+        ("vqa", questions, "exact_answers"),
+    ):
+        of_task = "referring" if task == "segmentation" else {"vqa": "question"}.get(task, task)
+        known = [p for record in Table(table) for p in record.phrases if p.task == of_task]
+        result = evaluate(run, task, table, tmp_path, batch_size=5)
+        assert result["num_examples"] == len(known) and 0 <= result["metrics"][score] <= 1
+        assert len(json.loads((tmp_path / f"{task}_results.json").read_text())) == len(known)
+    assert evaluate(run, "vqa", questions, tmp_path, limit=4)["num_examples"] == 4
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="no METEOR tables")
+def test_regions_are_evaluated(run, perception_tables, tmp_path):
+    metrics = evaluate(run, "region", perception_tables[1], tmp_path, limit=3)["metrics"]
+    assert {"meteor", "all_attributes_right"} <= set(metrics)
+
+
+@pytest.mark.parametrize("changes", [{"task": "trace"}, {"task": "dense"}, {"snap": True}])
+def test_evaluations_of_another_kind_of_model_are_refused(
+    changes, run, perception_tables, tmp_path
+):
+    with pytest.raises(ValueError, match="PerceptionGPT, which has no"):
+        evaluate(run, **({"task": "referring"} | changes), table=perception_tables[0], out=tmp_path)
+
+
+def test_phrases_are_right_where_words_and_box_are():
+    """Catches boxes scored against phrases of other words, and objects without any phrase."""
+    caption, left, right = "a cat and a dog", (0.0, 0.0, 0.4, 1.0), (0.5, 0.0, 1.0, 1.0)
+    truth = Phrase(
+        "1", "grounded", caption, pieces=(Piece(0, 5, box=left), Piece(10, 15, box=right))
+    )
+    objects = tuple(Location(box, 1.0) for box in (left, left, right, right))
+    mentions = (Mention(0, 5, (0,)), Mention(10, 15, (1, 2)))
+    scores = score_phrases([(truth, Answer(caption, objects, mentions, 0.0))])
+    assert scores == {"phrase_precision": 0.5, "phrase_recall": 1.0}
+    nothing = score_phrases([(truth, Answer("nothing", (), (), 0.0))])
+    assert nothing == {"phrase_precision": 0.0, "phrase_recall": 0.0}
+
+
+def test_answers_are_compared_without_case_and_full_stop():
+    assert normalised(" Red. ") == normalised("red") != normalised("red car")

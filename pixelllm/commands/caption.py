@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pixelllm.commands.given import check_at_least_one, check_files, load_model
+from pixelllm.commands.given import check_at_least_one, check_files, load_any_model
 from pixelllm.images import open_image
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pictures import write_gif, write_still
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box
@@ -73,7 +75,9 @@ def caption(command: CaptionCommand) -> None:
     check_at_least_one("--batch-size", command.batch_size)
     check_files(command.images, [command.html, command.gif, command.png])
     search = search_options(command)
-    model = load_model(command.model, command.device, command.dtype, command.int8)
+    model = load_any_model(command.model, command.device, command.dtype, command.int8)
+    if isinstance(model, PerceptionGPT):
+        check_perception(command)
     torch.manual_seed(command.seed)
     results = []
     for result in caption_images(model, command, search):
@@ -89,6 +93,17 @@ def caption(command: CaptionCommand) -> None:
         write_gif(results[0], command.gif)
     if command.png:
         write_still(results[0], command.png)
+
+
+def check_perception(command: CaptionCommand) -> None:
+    """Raise ValueError for what a PerceptionGPT, whose words have no points, cannot do."""
+    if not command.box:
+        ask = f'pixelllm ask {command.images[0]} "What is in this picture?"'
+        raise ValueError(f"a PerceptionGPT captions boxes: give --box, or try: {ask}")
+    if command.html or command.gif or command.png:
+        raise ValueError("--html, --gif and --png show words that point; a PerceptionGPT's do not")
+    if command.sample or command.context is not None:
+        raise ValueError("--sample and --context: a PerceptionGPT is asked as its recipe asks")
 
 
 def search_options(command: CaptionCommand) -> dict[str, Any]:
@@ -108,19 +123,21 @@ def search_options(command: CaptionCommand) -> dict[str, Any]:
 
 
 def caption_images(
-    model: PixelLLM, command: CaptionCommand, search: dict[str, Any]
+    model: PixelLLM | PerceptionGPT, command: CaptionCommand, search: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """One dictionary per image and box, in the order given; images go through in batches."""
-    processor = model.processor()
     starts = range(0, len(command.images), command.batch_size)
     for start in tqdm(starts, desc="images", unit="batch", disable=len(starts) == 1):
         paths = command.images[start : start + command.batch_size]
         images = [open_image(path) for path in paths]
         sizes = [(image.height, image.width) for image in images]
         boxes = [boxes_for(command, *item) for item in zip(paths, sizes, strict=True)]
-        inputs = processor(images, boxes if command.box else None, command.context)
-        inputs = inputs.to(next(model.parameters()).device)
-        captions = iter(model.generate(**inputs, **search))
+        if isinstance(model, PerceptionGPT):
+            captions = chain.from_iterable(model.describe_boxes(images, boxes, **search))
+        else:
+            inputs = model.processor()(images, boxes if command.box else None, command.context)
+            inputs = inputs.to(next(model.parameters()).device)
+            captions = iter(model.generate(**inputs, **search))
         for path, size, prompts in zip(paths, sizes, boxes, strict=True):
             for prompt in prompts or [None]:
                 result = {"image": str(path), "size_hw": list(size), **next(captions).to_json()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from pixelllm.checkpoints import CONFIG_FILE, find_file
 from pixelllm.devices import choose_device
+from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import PixelLLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,3 +40,23 @@ def load_model(
     chosen = choose_device(device)
     precision = None if dtype is None else DTYPES[dtype]
     return PixelLLM.from_pretrained(name_or_path, precision, int8).to(chosen)
+
+
+def load_any_model(
+    name_or_path: str, device: str, dtype: str | None = None, int8: bool = False
+) -> PixelLLM | PerceptionGPT:
+    """`load_model`, or a PerceptionGPT where the run's configuration says that it holds one."""
+    if not holds_perception(name_or_path):
+        return load_model(name_or_path, device, dtype, int8)
+    if dtype is not None or int8:
+        raise ValueError("--dtype and --int8: a PerceptionGPT is held as its recipe says")
+    return PerceptionGPT.from_pretrained(name_or_path).to(choose_device(device))
+
+
+def holds_perception(name_or_path: str) -> bool:
+    """Whether a run's folder, or a Hub id, holds a PerceptionGPT."""
+    try:
+        fields = json.loads(find_file(name_or_path, CONFIG_FILE).read_text())
+    except ValueError:  # what is wrong is said where it is loaded
+        return False
+    return fields.get("kind") == PerceptionConfig.__name__

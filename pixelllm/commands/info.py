@@ -9,9 +9,9 @@ from typing import Any
 
 import tyro
 
-from pixelllm.pretrained import PixelLLM
+from pixelllm.commands.given import load_any_model
 
-TASKS = ("trace", "referring", "segmentation", "region", "dense")
+TASKS = ("trace", "referring", "segmentation", "region", "dense", "grounded", "vqa")
 MAIN_SCORES = (
     "object_precision",
     "object_recall",
@@ -26,6 +26,8 @@ MAIN_SCORES = (
     "cider_d",
     "map",
     "map_detection",
+    "phrase_precision",
+    "exact_answers",
 )
 
 
@@ -41,7 +43,7 @@ class InfoCommand:
 
 
 def info(command: InfoCommand) -> None:
-    model = PixelLLM.from_pretrained(command.model)
+    model = load_any_model(command.model, "cpu")
     config = model.config
     print(f"{config.name}: frame {config.model.frame} px, {len(model.tokenizer)} tokens")
     for name, part in model.named_children():

@@ -9,11 +9,12 @@ from typing import Any
 
 import tyro
 
-from pixelllm.commands.given import check_files, load_model
+from pixelllm.commands.given import check_files, load_any_model
 from pixelllm.images import open_image
 from pixelllm.locating import Location
 from pixelllm.mask_codes import decode_mask
 from pixelllm.overlays import FoundObject, write_objects
+from pixelllm.perceiving import PerceptionGPT
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ def locate(command: LocateCommand) -> None:
         example = f'pixelllm locate {command.image} "the red car on the left"'
         raise ValueError(f"no expression given; try: {example} --model {command.model}")
     check_files([command.image], [command.png])
-    model = load_model(command.model, command.device)
+    model = load_any_model(command.model, command.device)
     image = open_image(command.image)
-    inputs = model.processor().locating([image], [command.texts])
-    inputs = inputs.to(next(model.parameters()).device)
-    locations = model.locate(**inputs, with_masks=command.mask, snap=command.snap)
+    if isinstance(model, PerceptionGPT):
+        if command.snap:
+            raise ValueError(f"--snap: {command.model} is a PerceptionGPT, which has no detector")
+        locations = model.locate([image], [command.texts], command.mask)[0]
+    else:
+        inputs = model.processor().locating([image], [command.texts])
+        inputs = inputs.to(next(model.parameters()).device)
+        locations = model.locate(**inputs, with_masks=command.mask, snap=command.snap)
     found = list(zip(command.texts, locations, strict=True))
     about = {"image": str(command.image), "size_hw": [image.height, image.width]}
     for text, location in found:

@@ -19,9 +19,11 @@ from pixelllm.evaluation.narrations import random_captions
 from pixelllm.evaluation.regions import grouped_references, score_region_captions
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
 from pixelllm.evaluation.results import coco_results, image_number
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box, Phrase, Record
 from pixelllm.tables import Table
+from pixelllm.views import open_record_image
 
 TASK = "region"
 MIDDLE: Box = (0.25, 0.25, 0.75, 0.75)
@@ -43,7 +45,11 @@ def region_records(table: Table) -> Iterator[tuple[Record, list[Phrase]]]:
 
 @torch.no_grad()
 def evaluate_regions(
-    model: PixelLLM, table: Table, limits: Limits, captions: Sequence[str], attributes: Attributes
+    model: PixelLLM | PerceptionGPT,
+    table: Table,
+    limits: Limits,
+    captions: Sequence[str],
+    attributes: Attributes,
 ) -> Evaluation:
     """Caption every region of a table, with a progress bar.
 
@@ -81,9 +87,12 @@ def evaluate_regions(
 
 
 def caption_regions(
-    model: PixelLLM, record: Record, boxes: Sequence[Box], num_beams: int
+    model: PixelLLM | PerceptionGPT, record: Record, boxes: Sequence[Box], num_beams: int
 ) -> list[str]:
     """A caption for every box of one image."""
+    if isinstance(model, PerceptionGPT):
+        described = model.describe_boxes([open_record_image(record)], [boxes], num_beams)
+        return [caption.text for caption in described[0]]
     device = next(model.parameters()).device
     images, sizes = (part.to(device) for part in frame_images([record], model.config.model.frame))
     features = model.encode(images, sizes, {})

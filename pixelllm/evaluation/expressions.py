@@ -19,9 +19,11 @@ from pixelllm.evaluation.report import Evaluation, Limits, Scores
 from pixelllm.evaluation.results import coco_results, image_number
 from pixelllm.locating import Location
 from pixelllm.mixture import assemble
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pretrained import PixelLLM
 from pixelllm.records import Box, Phrase, Record
 from pixelllm.tables import Table
+from pixelllm.views import open_record_image
 
 TASK = "referring"
 MIDDLE: Box = (0.25, 0.25, 0.75, 0.75)
@@ -38,7 +40,11 @@ class Referred:
 
 
 def predict_expressions(
-    model: PixelLLM, table: Table, limits: Limits, with_masks: bool, snap: bool = False
+    model: PixelLLM | PerceptionGPT,
+    table: Table,
+    limits: Limits,
+    with_masks: bool,
+    snap: bool = False,
 ) -> Iterator[Referred]:
     """Every expression of the table, images in order, with a progress bar.
 
@@ -50,7 +56,11 @@ def predict_expressions(
     left = limits.limit or float("inf")
     for start in tqdm(range(0, len(rows), limits.batch_size), desc="expressions", unit="batch"):
         records = [table[int(row)] for row in rows[start : start + limits.batch_size]]
-        for found in _locate(model, records, with_masks, snap):
+        if isinstance(model, PerceptionGPT):
+            batch = _locate_in_chats(model, records, with_masks)
+        else:
+            batch = _locate(model, records, with_masks, snap)
+        for found in batch:
             if left == 0:
                 return
             left -= 1
@@ -85,8 +95,23 @@ def _locate(model: PixelLLM, records: list[Record], with_masks: bool, snap: bool
     return found
 
 
+def _locate_in_chats(
+    model: PerceptionGPT, records: list[Record], with_masks: bool
+) -> list[Referred]:
+    """All expressions of the records."""
+    phrases = [[p for p in record.phrases if p.task == TASK] for record in records]
+    texts = [[phrase.context for phrase in of_image] for of_image in phrases]
+    images = [open_record_image(record) for record in records]
+    located = model.locate(images, texts, with_masks)
+    return [
+        Referred(record, phrase, location)
+        for record, own, found in zip(records, phrases, located, strict=True)
+        for phrase, location in zip(own, found, strict=True)
+    ]
+
+
 def evaluate_expressions(
-    model: PixelLLM,
+    model: PixelLLM | PerceptionGPT,
     table: Table,
     limits: Limits,
     labels: Labels,

@@ -1,0 +1,63 @@
+"""`pixelllm ask`: a question about an image, and an answer with the objects it mentions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pixelllm.commands.given import check_at_least_one, check_files, holds_perception
+from pixelllm.commands.locate import as_object, as_text
+from pixelllm.devices import choose_device
+from pixelllm.images import open_image
+from pixelllm.overlays import write_objects
+from pixelllm.perceiving import PerceptionGPT
+
+
+@dataclass(frozen=True)
+class AskCommand:
+    """Ask a PerceptionGPT about an image; what the answer mentions has a box and a mask.
+
+    Args:
+        image: file to look at.
+        question: of any form; without one, the image is described and its objects are marked.
+        model: folder of a finished run, or a Hub id.
+        beams: beam search width; 1 is greedy.
+        json: print one JSON object instead of text.
+        png: write a picture of all boxes and masks.
+        device: auto, cpu, cuda or mps.
+    """
+
+    image: tyro.conf.Positional[Path]
+    model: str
+    question: tyro.conf.Positional[str] = ""
+    beams: int = 1
+    json: bool = False
+    png: Path | None = None
+    device: str = "auto"
+
+
+def ask(command: AskCommand) -> None:
+    check_files([command.image], [command.png])
+    check_at_least_one("--beams", command.beams)
+    if not holds_perception(command.model):
+        raise ValueError(f"{command.model} is no PerceptionGPT; only those answer questions")
+    model = PerceptionGPT.from_pretrained(command.model).to(choose_device(command.device))
+    image = open_image(command.image)
+    task = "question" if command.question else "grounded"
+    question = model.question(task, command.question)
+    (answer,) = model.ask([image], [[question]], command.beams)[0]
+    names = [""] * len(answer.objects)
+    for mention in answer.mentions:
+        for number in mention.objects:
+            names[number] = answer.text[mention.start : mention.end]
+    found = list(zip(names, answer.objects, strict=True))
+    if command.json:
+        about = {"image": str(command.image), "size_hw": [image.height, image.width]}
+        print(json.dumps({**about, "question": command.question, **answer.to_json()}))
+    else:
+        print("\n".join([answer.text, *(f"  {as_text(*item)}" for item in found)]))
+    if command.png:
+        write_objects(image, [as_object(*item) for item in found], command.png)
