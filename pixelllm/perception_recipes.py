@@ -1,4 +1,8 @@
-"""Recipes of PerceptionGPT: the released run, one behind SmolLM2, and one for procedural scenes."""
+"""Recipes of PerceptionGPT: the released run, one behind SmolLM2, and one for procedural scenes.
+
+Reference of PerceptionGPT, section 6.1. Differences of the released run: Vicuna is where it starts,
+not LLaVA, and the learning rate falls as PixelLLM's does.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +45,10 @@ SCENE_SOURCES = (
 
 def perceptiongpt_7b() -> PerceptionConfig:
     """PerceptionGPT as released: Vicuna-7B on the merged RefCOCO expressions."""
+    model = PerceptionModelConfig()
     return PerceptionConfig(
         name="perceptiongpt-7b",
+        model=replace(model, language=replace(model.language, bfloat16=True)),
         sources=(Source("referring", contexts=templates.SEGMENT),),
         train=TrainConfig(
             steps=50_200,  # 10 epochs of 321,327 expressions
@@ -53,7 +59,7 @@ def perceptiongpt_7b() -> PerceptionConfig:
             clip=1.0,
             bfloat16=True,
             recompute=True,
-            frozen=("clip.vit", "projector"),
+            frozen=("clip.vit",),  # the projector, there LLaVA's and frozen, starts anew here
             seed=42,
         ),
     )

@@ -35,11 +35,12 @@ from pixelllm.perception_config import (
     PerceptionStart,
     VisConfig,
 )
-from pixelllm.perception_recipes import SCENE_SOURCES
+from pixelllm.perception_recipes import SCENE_SOURCES, perceptiongpt_7b
 from pixelllm.records import Phrase, Piece
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training import perceiving
+from pixelllm.training.optimizer import freeze
 
 CLIP = ClipConfig(
     image_size=32, patch_size=16, width=32, depth=3, num_heads=2, ff_width=32, fine_patch=8,
@@ -348,3 +349,26 @@ def test_phrases_are_right_where_words_and_box_are():
 
 def test_answers_are_compared_without_case_and_full_stop():
     assert normalised(" Red. ") == normalised("red") != normalised("red car")
+
+
+def test_the_released_run_has_the_published_sizes():
+    """Reference of PerceptionGPT, section 3.4."""
+    tokenizer = train_tokenizer(["a"], 200)
+    add_markers(tokenizer)
+    vicuna = LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, pad_token_id=0)
+    with torch.device("meta"):
+        model = PerceptionGPT(perceptiongpt_7b(), tokenizer, trunk=vicuna)
+    freeze(model, model.config.train.frozen)
+    counts = {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, part in model.named_children()
+    }
+    assert counts == {
+        "clip": 48,
+        "projector": 1025 * 4096,
+        "language": 8_388_608 + 2 * 32_000 * 4096,
+        "box_encoder": 2_366_464,
+        "box_decoder": 2_362_372,
+        "mask_encoder": 4_322_912,
+        "mask_head": 4_195_328 + 3_148_800 + 32_358_144,
+    }

@@ -146,7 +146,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("scenes-tny", "no recipe 'scenes-tny'"), ("scenes-sam", "trains an encoder alone")],
+    [("scenes-tny", "no recipe 'scenes-tny'"), ("scenes-sam", "trains no PixelLLM")],
 )
 def test_what_cannot_be_planned_is_refused(recipe: str, message: str):
     with pytest.raises(SystemExit, match=message):

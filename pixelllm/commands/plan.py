@@ -69,7 +69,7 @@ def configure(command: PlanCommand) -> Config:
         raise ValueError(f"there is no recipe {command.recipe!r}; python train.py --list")
     config = RECIPES[command.recipe]()
     if not isinstance(config, Config):
-        raise ValueError(f"{config.name} trains an encoder alone; plan takes the other recipes")
+        raise ValueError(f"{config.name} trains no PixelLLM; plan takes the recipes that do")
     train = replace(
         config.train,
         recompute=command.recompute or config.train.recompute,
