@@ -24,6 +24,7 @@ from pixelllm.shards import open_table, unfinished_shards, write_shards
 from pixelllm.tables import Table
 from pixelllm.training import captioning
 from pixelllm.training.checkpoint import CheckpointFolder
+from pixelllm.training.loader import named_deaths
 from pixelllm.training.logs import RunLog
 from pixelllm.training.loop import train
 from pixelllm.training.signals import StopRequest
@@ -220,10 +221,19 @@ def test_a_killed_worker_is_explained_and_the_last_checkpoint_intact(tmp_path: P
     process.start()
     process.join()
     message = (tmp_path / "message").read_text()
-    assert message.startswith("DataLoader worker (pid") and "\n" not in message
+    assert message.startswith("DataLoader worker") and "\n" not in message
     assert "lower --train.workers (now 1) and go on with --resume" in message
     train(toy_stage(config), config, tmp_path / "run", resume=True)
     assert_same(newest(tmp_path / "straight"), newest(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError("reset by peer"), EOFError()])
+def test_tensors_that_break_off_tell_of_the_worker(broken: Exception):
+    with pytest.raises(ChildProcessError, match=r"^DataLoader worker died: .*--train.workers"):
+        with named_deaths(2):
+            raise broken
+    with pytest.raises(type(broken)), named_deaths(0):
+        raise broken
 
 
 def test_other_errors_of_the_run_keep_their_words(tmp_path: Path):

@@ -94,14 +94,18 @@ class _Answers(Dataset):
 def named_deaths(num_workers: int) -> Iterator[None]:
     """Around the loop, say what it means that the system ended a process that loads data.
 
-    Torch notices that at any moment. Raises ChildProcessError.
+    Torch notices that at any moment, or the tensors on their way break off. Raises
+    ChildProcessError.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        reason = str(error).strip().rstrip(".")
+        if num_workers and isinstance(error, (ConnectionError, EOFError)):
+            reason = f"DataLoader worker died: {reason or type(error).__name__}"
+        elif not reason.startswith("DataLoader worker"):
             raise
         raise ChildProcessError(
-            f"{str(error).strip().rstrip('.')}. Most likely memory ran out: lower --train.workers "
+            f"{reason}. Most likely memory ran out: lower --train.workers "
             f"(now {num_workers}) and go on with --resume; the last checkpoint is intact"
         ) from error
