@@ -1,6 +1,6 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
-# make small: the same model after an hour. make joint: one model for every task, from quickstart.
+# make small: the same model after an hour. make joint: one model for every task, from small.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -104,10 +104,10 @@ small: runs/small/model.safetensors
 
 JOINT_TABLES := narrations regions referring
 
-runs/joint/model.safetensors: $(RUN)/model.safetensors \
+runs/joint/model.safetensors: runs/small/model.safetensors \
     $(foreach t,$(JOINT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
 	$(PY) train.py scenes-joint --data $(JOINT_TABLES:%=$(BIG)/%_train) \
-	    --val $(JOINT_TABLES:%=$(BIG)/%_val) --start.run $(RUN) --start.sam $(RUN)/sam \
+	    --val $(JOINT_TABLES:%=$(BIG)/%_val) --start.run runs/small --start.sam $(RUN)/sam \
 	    --out $(@D) $(CACHE)
 
 runs/joint-refseg/model.safetensors: runs/joint/model.safetensors

@@ -234,7 +234,7 @@ def scenes_joint() -> Config:
         sources=(Source("narration"), PHRASES, REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
-            steps=6500,
+            steps=11_000,
             lr=8e-4,
             frozen=(*small.train.frozen, "mask_head"),
         ),
@@ -251,7 +251,7 @@ def scenes_ref() -> Config:
     """Referring localization on scenes, from scenes-tiny."""
     joint = scenes_joint()
     model = replace(joint.model, masks=None, detector=None)
-    train = replace(joint.train, frozen=scenes_small().train.frozen)
+    train = replace(joint.train, steps=3000, frozen=scenes_small().train.frozen)
     start = StartConfig(run="runs/quickstart")
     return replace(
         joint, name="scenes-ref", model=model, start=start, sources=(EXPRESSIONS,), train=train
@@ -269,7 +269,8 @@ def scenes_densecap() -> Config:
     """Dense object captioning on scenes, from scenes-tiny."""
     joint = scenes_joint()
     model = replace(joint.model, masks=None)
-    train = replace(joint.train, frozen=(*scenes_small().train.frozen, "point_head"))
+    frozen = (*scenes_small().train.frozen, "point_head")
+    train = replace(joint.train, steps=3000, frozen=frozen)
     start = StartConfig(run="runs/quickstart")
     return replace(
         joint, name="scenes-densecap", model=model, start=start, sources=(REGIONS,), train=train
