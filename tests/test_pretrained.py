@@ -240,7 +240,9 @@ def test_eva02_weights_are_a_timm_name_of_the_same_sizes():
     assert branch.encoder.out_channels == 192
     with pytest.raises(ValueError, match="depth is 12, not 6"):
         build_eva02_branch(Eva02Config(**{**sizes, "depth": 6}, weights=name), 42)
-    with pytest.raises(ValueError, match="'eva02_tiny_patch14' is neither .*; nearest: eva02_tiny_"):
+    with pytest.raises(
+        ValueError, match="'eva02_tiny_patch14' is neither .*; nearest: eva02_tiny_"
+    ):
         build_eva02_branch(Eva02Config(**sizes, weights="eva02_tiny_patch14"), 42)
 
 
