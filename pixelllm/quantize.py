@@ -12,16 +12,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-VOCABULARY_HEADS = ("model.lm_head", "output")
+from pixelllm.models.git import GitDecoder
+
+VOCABULARY_HEAD = "model.lm_head"
 
 
 def quantize_trunk(language: nn.Module) -> None:
     """Hold the linear layers of a trunk in 8 bits, in place; they can learn no more.
 
     Raises:
-        ValueError: torchao is not installed.
+        ValueError: torchao is not installed, or the trunk is the BERT-size decoder.
     """
-    quantize = weight_quantizer()
+    quantize = weight_quantizer(language)
     for name in trunk_linears(language):
         quantize(language.get_submodule(name))
         give_back_freed_memory()
@@ -33,7 +35,7 @@ def quantize_when_loaded(language: nn.Module, prefix: str) -> Callable[[str, Ten
     Returns:
         Takes `prefix` and the name of a parameter with the values to quantise.
     """
-    quantize = weight_quantizer()
+    quantize = weight_quantizer(language)
     waiting = {f"{prefix}{name}.weight": name for name in trunk_linears(language)}
 
     def place(name: str, values: Tensor) -> bool:
@@ -63,7 +65,7 @@ def trunk_linears(language: nn.Module) -> list[str]:
     return [
         name
         for name, module in language.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name and name not in VOCABULARY_HEADS
+        if isinstance(module, nn.Linear) and "lora_" not in name and name != VOCABULARY_HEAD
     ]
 
 
@@ -75,8 +77,13 @@ def require_unquantized(language: nn.Module) -> None:
             raise ValueError(f"{name} is held in 8 bits; load the model without int8 to save it")
 
 
-def weight_quantizer() -> Callable[[nn.Linear], None]:
-    """What quantises one layer. Raises ValueError where torchao is not installed."""
+def weight_quantizer(language: nn.Module) -> Callable[[nn.Linear], None]:
+    """What quantises one layer of the trunk.
+
+    Raises ValueError where torchao is not installed, and for the BERT-size decoder.
+    """
+    if isinstance(language, GitDecoder):
+        raise ValueError("int8 is for trunks of transformers; the BERT-size decoder is 0.3 GiB")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

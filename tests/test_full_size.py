@@ -64,6 +64,8 @@ def test_a_published_model_fits(model: str, tmp_path: Path):
     options = Options(model=model, tokens=4, folder=tmp_path)
     for part, limit in LIMITS.items():
         if part == "caption-int8":
+            if model == "bert":  # whose trunk is small
+                continue
             pytest.importorskip("torchao")
         found = measure(part, options)
         print(model, found)
