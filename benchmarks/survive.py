@@ -1,6 +1,6 @@
 """Kill a training at random moments, resume it every time, and compare with one left alone.
 
-    python benchmarks/survive.py --kills 100
+    python -m benchmarks.survive --kills 100
 
 A tiny model learns from streamed shards of generated scenes. SIGKILL comes at any moment since
 the process began, after some steps, or while a checkpoint is being written, which happens at

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path):
-    command = ["benchmarks/survive.py", "--kills", "6", "--keep", str(tmp_path)]
+    command = ["-m", "benchmarks.survive", "--kills", "6", "--keep", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
 
