@@ -6,6 +6,8 @@ A batch depends on its number alone, so going on at a step is a resume. Streamed
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +107,9 @@ def named_deaths(num_workers: int) -> Iterator[None]:
             reason = f"DataLoader worker died: {reason or type(error).__name__}"
         elif not reason.startswith("DataLoader worker"):
             raise
+        if threading.current_thread() is threading.main_thread():
+            # Torch would report the same death again at every later signal of a child.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise ChildProcessError(
             f"{reason}. Most likely memory ran out: lower --train.workers "
             f"(now {num_workers}) and go on with --resume; the last checkpoint is intact"

@@ -90,7 +90,7 @@ def train(
     batches = loader(stage.batches, step, config, processes.rank, processes.count, streams)
     stage.model.train()
     stopping = StopRequest.on_signals(at_once_again=processes.count == 1)
-    with log, named_deaths(config.workers), stopping as stop:
+    with named_deaths(config.workers), log, stopping as stop:
         while step < config.steps:
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
             set_learning_rate(optimizer, lr)
