@@ -56,17 +56,9 @@ def build_stage(
     freeze(model, config.train.frozen)
     if config.train.recompute:
         recompute_blocks(model)
-    cache, with_images = None, True
+    cache = None
     if cache_folder is not None:
-        branches = {"sam": model.sam, "eva02": model.eva02}
-        frozen = {name: branch for name, branch in branches.items() if branch.is_frozen}
-        with_images = len(frozen) < len(branches)
-        sizes = [replace(config.model.sam, weights=None), replace(config.model.eva02, weights=None)]
-        cache = FeatureCache(cache_folder, frozen, config.model.frame, sizes)
-        for table in [*tables, *val]:
-            if isinstance(table, ShardedTable):
-                raise ValueError(f"--cache-features: {table.path} is streamed; leave it out")
-            cache.fill(table, device)
+        cache = build_cache(config, model, [*tables, *val], cache_folder, device)
     train = config.train
     facts = {
         "tokenizer": tokenizer,
@@ -75,7 +67,7 @@ def build_stage(
         "batch_size": train.batch_size // train.accumulate,
         "seed": train.seed,
         "cache": cache,
-        "with_images": with_images,
+        "with_images": cache is None or not (model.sam.is_frozen and model.eva02.is_frozen),
     }
     batches = Mixture(tables, config.sources, num_steps=train.steps * train.accumulate, **facts)
     val_batches = [
@@ -100,6 +92,25 @@ def build_stage(
         write_text(folder / BASELINE_FILE, json.dumps(samples))
 
     return Stage(model, batches, loss, validate, export)
+
+
+def build_cache(
+    config: Config,
+    model: PixelLLM,
+    tables: list[Table | ShardedTable],
+    folder: Path,
+    device: torch.device,
+) -> FeatureCache:
+    """The features of frozen encoders on all images. Raises ValueError for streamed tables."""
+    branches = {"sam": model.sam, "eva02": model.eva02}
+    frozen = {name: branch for name, branch in branches.items() if branch.is_frozen}
+    sizes = [replace(config.model.sam, weights=None), replace(config.model.eva02, weights=None)]
+    cache = FeatureCache(folder, frozen, config.model.frame, sizes)
+    for table in tables:
+        if isinstance(table, ShardedTable):
+            raise ValueError(f"--cache-features: {table.path} is streamed; leave it out")
+        cache.fill(table, device)
+    return cache
 
 
 def scored_sources(sources: Sequence[Source], val: list[Table | ShardedTable]) -> list[Source]:
