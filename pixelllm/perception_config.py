@@ -22,6 +22,7 @@ class ClipConfig:
     ff_width: int = 4096
     fine_patch: int = 8  # of the pass that feeds the mask decoder
     fuse_layers: bool = True  # otherwise the last state alone, the paper's baseline
+    conv_stem: bool = False  # a small convolutional stem instead of the linear patch embedding
     weights: str | None = "openai/clip-vit-large-patch14"  # Hub id or local folder
 
 

@@ -28,6 +28,7 @@ TINY_CLIP = ClipConfig(
     num_heads=4,
     ff_width=384,
     fine_patch=8,
+    conv_stem=True,
     weights=None,
 )
 SCENE_SOURCES = (
@@ -116,8 +117,7 @@ def scenes_perceptiongpt() -> PerceptionConfig:
             weight_decay=0.01,
             betas=(0.9, 0.98),
             clip=1.0,
-            frozen=(),
-            lr_scales={"clip": 0.2},  # it comes trained
+            frozen=("clip.vit",),  # it comes trained
             eval_every=500,
             eval_batches=4,
             save_every=500,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import PERCEPTION_TOLERANCE, load_perception, part_of, perception_names
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from pixelllm.models.clip import FusedClip
+from pixelllm.models.stem import ConvStem
 
 
 def patch_of(images: Tensor, num_tokens: int) -> int:
@@ -47,7 +50,7 @@ def test_golden_clip_fusion(name: str):
         assert_close(fine(higher), case["out.fused_higher"], **PERCEPTION_TOLERANCE)
 
 
-def new_clip(fine_patch: int = 4, **options: bool) -> FusedClip:
+def new_clip(fine_patch: int = 4, **options: Any) -> FusedClip:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 2, "image_size": 24, "patch_size": 8}
@@ -95,6 +98,23 @@ def test_the_last_layer_alone_is_no_sum(images: Tensor):
     assert_close(last.coarse(images), state)
     assert not torch.allclose(fused.coarse(images), state, atol=1e-2)
     assert all(name.startswith("vit.") for name, _ in last.named_parameters())
+
+
+def test_a_stem_sees_a_larger_image_in_the_fine_pass(images: Tensor):
+    """Its patches are then as small as those of a resized kernel would be."""
+    clip = new_clip(stem=ConvStem(16, 8)).eval()
+    large = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
+    clip.coarse_weights = clip.fine_weights
+    assert_close(clip.fine(images).flatten(2).mT, clip.coarse(large))
+
+
+def test_a_frozen_backbone_keeps_its_statistics(images: Tensor):
+    """Batch norms of a stem in training mode would change what was pretrained."""
+    clip = new_clip(stem=ConvStem(16, 8))
+    clip.vit.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    clip.train().fine(images)
+    assert_close(clip.state_dict(), before, rtol=0, atol=0)
 
 
 def test_images_of_other_sizes_are_seen(generator: torch.Generator):

@@ -96,7 +96,7 @@ def write_answers(
         raise ValueError(f"{given}: expected 1 or more of both")
     if padding[:, -1].any():
         raise ValueError("prompts are padded on the left; this one ends in padding")
-    views = network.view(images)
+    views = network.view(images, fine=with_masks or feed_masks)
     inputs = network.embed(token_ids, views, objects)
     writer = Writer(network, views, inputs, ~padding, num_beams, use_cache, feed_masks)
     language = network.language
@@ -150,7 +150,7 @@ class Writer:
         self.num_beams, self.feed_masks = num_beams, feed_masks
         self.cache = network.language.new_cache() if use_cache else None
         rows = torch.arange(len(inputs), device=inputs.device)
-        self.image = (rows * len(views.fine) // len(rows)).repeat_interleave(num_beams)
+        self.image = (rows * len(views.coarse) // len(rows)).repeat_interleave(num_beams)
         self.first_beam = rows[:, None] * num_beams
         self.states: list[Tensor] = []  # of every step, float[R * beams, D]
         self.written: list[Tensor] = []  # before every step, int64[R * beams, t + 1]
@@ -206,7 +206,7 @@ class Writer:
         if not self.feed_masks:
             return objects
         side = self.network.mask_encoder.size
-        logits = self.network.mask_head(states, self.views.fine, image)
+        logits = self.network.segment(states, self.views, image)
         masks = resize_logits(logits, (side, side)).sigmoid()
         every = torch.ones_like(objects.by_mask)
         return objects._replace(masks=masks, has_mask=every, by_mask=every)
@@ -242,6 +242,7 @@ def finish(writer: Writer, token_ids: Tensor, with_masks: bool) -> Answers:
     row = is_vis.nonzero()[:, 0]
     image = writer.image[:: writer.num_beams][row]
     asked = slice(None) if with_masks else slice(0)
+    masks = network.segment(states[is_vis][asked], writer.views, image[asked])
     return Answers(
         written.masked_fill(padding, language.pad_id),
         padding,
@@ -249,5 +250,5 @@ def finish(writer: Writer, token_ids: Tensor, with_masks: bool) -> Answers:
         states,
         row,
         network.box_decoder(states[is_vis]),
-        network.mask_head(states[is_vis][asked], writer.views.fine, image[asked]),
+        masks,
     )

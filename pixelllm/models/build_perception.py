@@ -13,6 +13,7 @@ from pixelllm.models.build import SpecialIds, build_language
 from pixelllm.models.clip import FusedClip
 from pixelllm.models.language import DecoderOnlyLanguage, Language
 from pixelllm.models.mask_encoder import MaskEncoder
+from pixelllm.models.stem import ConvStem
 from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
 from pixelllm.models.vis_masks import VisMaskDecoder, VisMaskHead
 from pixelllm.perception_config import ClipConfig, PerceptionModelConfig
@@ -77,7 +78,8 @@ def build_clip(config: ClipConfig, pretrained: bool) -> FusedClip:
             raise ValueError(f"model.clip: in {config.weights} {'; '.join(wrong)}")
     else:
         vit = CLIPVisionModel(CLIPVisionConfig(**sizes))
-    return FusedClip(vit, config.fine_patch, config.fuse_layers)
+    stem = ConvStem(config.width, config.patch_size) if config.conv_stem else None
+    return FusedClip(vit, config.fine_patch, config.fuse_layers, stem)
 
 
 def grow_vocabulary(language: DecoderOnlyLanguage, num_tokens: int) -> None:

@@ -24,10 +24,19 @@ class FusedClip(nn.Module):
         vit: its last block and last norm, which nothing reads, are cut off.
         fine_patch: side of the patches of the fine pass, in pixels.
         fuse_layers: learn the weights of the sum; otherwise the last state is all there is.
+        stem: replaces the linear patch embedding; float[B, 3, H, W] -> float[B, C, h, w].
     """
 
-    def __init__(self, vit: CLIPVisionModel, fine_patch: int, fuse_layers: bool = True) -> None:
+    def __init__(
+        self,
+        vit: CLIPVisionModel,
+        fine_patch: int,
+        fuse_layers: bool = True,
+        stem: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        if stem is not None:
+            vit.embeddings.patch_embedding = stem
         vit.encoder.layers = vit.encoder.layers[:-1]
         vit.post_layernorm = nn.Identity()
         self.vit = vit
@@ -47,6 +56,11 @@ class FusedClip(nn.Module):
     def width(self) -> int:
         """C of the features."""
         return self.vit.config.hidden_size
+
+    def train(self, mode: bool = True) -> FusedClip:
+        super().train(mode)
+        self.vit.train(mode and any(p.requires_grad for p in self.vit.parameters()))
+        return self
 
     def coarse(self, images: Tensor) -> Tensor:
         """Normalised float[B, 3, H, W] -> float[B, N, C], row by row, at CLIP's own patch size."""
@@ -76,24 +90,34 @@ class FusedClip(nn.Module):
         return fused[:, 1:]
 
     def embed(self, images: Tensor, patch: int) -> Tensor:
-        """Class token and patches with their positions, float[B, 1 + N, C].
-
-        A kernel of another size is resized bilinearly from corner to corner, without rescaling.
-        """
+        """Class token and patches with their positions, float[B, 1 + N, C]."""
         height, width = images.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(
                 f"CLIP with patches of {patch} pixels takes images whose sides are multiples of "
                 f"{patch}, not {height} x {width}"
             )
-        embeddings = self.vit.embeddings
-        kernel = embeddings.patch_embedding.weight
-        if patch != kernel.shape[-1]:
-            kernel = F.interpolate(kernel, (patch, patch), mode="bilinear", align_corners=True)
-        patches = F.conv2d(images, kernel, stride=patch)  # (B, C, h, w)
+        patches = self._embed_patches(images, patch)
         tokens = patches.flatten(2).mT
-        first = embeddings.class_embedding.expand(len(images), 1, -1)
+        first = self.vit.embeddings.class_embedding.expand(len(images), 1, -1)
         return torch.cat([first, tokens], dim=1) + self.positions(*patches.shape[-2:])
+
+    def _embed_patches(self, images: Tensor, patch: int) -> Tensor:
+        """float[B, C, h, w].
+
+        For patches of another size the kernel is resized, bilinearly from corner to corner and
+        without rescaling; before a stem the image is resized instead, which comes to the same.
+        """
+        embedding, own = self.vit.embeddings.patch_embedding, self.vit.config.patch_size
+        if isinstance(embedding, nn.Conv2d):
+            kernel = embedding.weight
+            if patch != own:
+                kernel = F.interpolate(kernel, (patch, patch), mode="bilinear", align_corners=True)
+            return F.conv2d(images, kernel, stride=patch)
+        if patch != own:
+            size = [side // patch * own for side in images.shape[-2:]]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return embedding(images)
 
     def positions(self, h: int, w: int) -> Tensor:
         """CLIP's position table for a grid of h x w patches, class token first: float[1 + N, C]."""

@@ -57,10 +57,11 @@ class Objects(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Fused features of an image: `coarse` float[B, N, C], `fine` float[B, C, h, w]."""
+    """Fused features of B images: `coarse` float[B, N, C], and `fine` float[B, C, h, w], which
+    masks are decoded from; None where none are."""
 
     coarse: Tensor
-    fine: Tensor
+    fine: Tensor | None
 
 
 class Perception(NamedTuple):
@@ -122,28 +123,34 @@ class PerceptionGPTNetwork(nn.Module):
             tokens: of the texts, those of an image adjacent.
             objects: of all `<vis>` in them.
         """
-        views = self.view(images)
+        check_objects(tokens.token_ids == self.markers.vis, objects)
+        is_target = tokens.is_answer[tokens.token_ids == self.markers.vis]
+        has_mask = objects.has_mask[is_target]
+        views = self.view(images, fine=bool(has_mask.any()))
         inputs = self.embed(tokens.token_ids, views, objects)
         hidden = self.language.read(inputs, ~tokens.padding)  # (R, T, D)
         row, place = tokens.is_answer.nonzero(as_tuple=True)
         states = hidden[row, place - 1]  # (A, D), each before the token that it predicts
         is_vis = tokens.token_ids[row, place] == self.markers.vis
-        is_target = tokens.is_answer[tokens.token_ids == self.markers.vis]
         image = row * len(images) // len(tokens.token_ids)
-        has_mask = objects.has_mask[is_target]
-        masked = states[is_vis][has_mask], views.fine, image[is_vis][has_mask]
         return Perception(
             self.language.logits(states),
             self.box_decoder(states[is_vis]),
-            self.mask_head(*masked),
+            self.segment(states[is_vis][has_mask], views, image[is_vis][has_mask]),
             is_target,
             hidden,
         )
 
-    def view(self, images: Tensor) -> Views:
-        """Both passes over uint8 or float[B, 3, S, S] in 0..255."""
+    def view(self, images: Tensor, fine: bool = True) -> Views:
+        """The passes over uint8 or float[B, 3, S, S] in 0..255."""
         pixels = normalise(images, None, PIXEL_MEAN, PIXEL_STD, tuple(images.shape[-2:]))
-        return Views(self.clip.coarse(pixels), self.clip.fine(pixels))
+        return Views(self.clip.coarse(pixels), self.clip.fine(pixels) if fine else None)
+
+    def segment(self, states: Tensor, views: Views, image: Tensor) -> Tensor:
+        """Mask logits float32[n, h, w] of states float[n, D] about the images int64[n]."""
+        if views.fine is None:
+            return states.new_zeros(0, 1, 1, dtype=torch.float32)
+        return self.mask_head(states, views.fine, image)
 
     def embed(self, token_ids: Tensor, views: Views, objects: Objects) -> Tensor:
         """What the language model reads, float[R, T, D].
@@ -153,7 +160,8 @@ class PerceptionGPTNetwork(nn.Module):
         """
         embeddings = self.language.embed(token_ids)
         is_image, is_vis = token_ids == self.markers.image, token_ids == self.markers.vis
-        check_counts(is_image, is_vis, views, objects)
+        check_images(is_image, views)
+        check_objects(is_vis, objects)
         visual = self.projector(views.coarse)  # (B, N, D)
         visual = visual.repeat_interleave(len(token_ids) // len(visual), dim=0)
         visual = visual[is_image.any(1)].to(embeddings.dtype)
@@ -198,8 +206,8 @@ def check_trunk(language: Language, markers: MarkerIds) -> None:
         )
 
 
-def check_counts(is_image: Tensor, is_vis: Tensor, views: Views, objects: Objects) -> None:
-    """Raise ValueError where markers do not fit what they stand for."""
+def check_images(is_image: Tensor, views: Views) -> None:
+    """Raise ValueError where a text has not as many image markers as there are visual tokens."""
     N = views.coarse.shape[1]
     for row, count in enumerate(is_image.sum(1).tolist()):
         if count not in (0, N):
@@ -207,6 +215,10 @@ def check_counts(is_image: Tensor, is_vis: Tensor, views: Views, objects: Object
                 f"text {row} has {count} image markers, but an image gives {N} visual tokens; "
                 "was it cut off?"
             )
+
+
+def check_objects(is_vis: Tensor, objects: Objects) -> None:
+    """Raise ValueError where `<vis>` are not as many as objects."""
     if is_vis.sum() != len(objects.boxes):
         raise ValueError(
             f"{is_vis.sum()} <vis> in the texts, but {len(objects.boxes)} boxes; every <vis> of "
