@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from pixelllm.box_text import read_boxes, spell
 from pixelllm.boxes import order_corners
 from pixelllm.chats import ChatBatch, collate_chats, decode_answer, encode_chat
 from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_config, save_weights
@@ -158,6 +159,8 @@ class PerceptionGPT(PerceptionGPTNetwork):
             images: RGB; texts: the expressions of each.
             with_masks: also segment what they point at.
         """
+        if self.config.model.vis.form != "vis":
+            return self._locate_in_words(images, texts, with_masks)
         found = Referent(NOWHERE)
         asked = [
             [
@@ -185,6 +188,20 @@ class PerceptionGPT(PerceptionGPTNetwork):
             for image in images
         ]
         return kept.of(located)
+
+    def _locate_in_words(
+        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
+    ) -> list[list[Location]]:
+        """As `locate`, by a model that writes its boxes: the first one of each answer."""
+        if with_masks:
+            form = self.config.model.vis.form
+            raise ValueError(f"a model that writes boxes as {form} has no masks")
+        asked = [[self.question("referring", text) for text in of_image] for of_image in texts]
+        nothing = (Location(NOWHERE, 0.0),)
+        return [
+            [(*answer.objects, *nothing)[0] for answer in of_image]
+            for of_image in self.ask(images, asked, with_masks=False)
+        ]
 
     @torch.no_grad()
     def describe_boxes(
@@ -246,12 +263,20 @@ class PerceptionGPT(PerceptionGPTNetwork):
         valid = ~answers.padding[row]
         token_ids, log_probs = answers.token_ids[row][valid], answers.log_probs[row][valid]
         written = cut_unfinished(decode_answer(token_ids.tolist(), self.tokenizer))
-        mine = (answers.row == row).nonzero()[:, 0][: written.count(VIS)]
-        scores = log_probs[token_ids == self.markers.vis].exp().tolist()
-        masks = answers.masks if len(answers.masks) else [None] * len(answers.boxes)
+        if self.config.model.vis.form == "vis":
+            n = written.count(VIS)
+            mine = (answers.row == row).nonzero()[:n, 0]
+            boxes, masks = answers.boxes[mine], [None] * n
+            if len(answers.masks):
+                masks = answers.masks[mine]
+            scores = log_probs[token_ids == self.markers.vis].exp().tolist()[:n]
+        else:
+            written, spelled = read_boxes(written, self.config.model.vis.form)
+            boxes, masks = torch.tensor(spelled), [None] * len(spelled)
+            scores = [float(log_probs.mean().exp())] * len(spelled)
         objects = tuple(
-            to_location(answers.boxes[n], score, masks[n], size)
-            for n, score in zip(mine.tolist(), scores, strict=False)
+            to_location(box, score, mask, size)
+            for box, score, mask in zip(boxes, scores, masks, strict=True)
         )
         try:
             text, mentions = parse_marked(written, len(objects))
@@ -274,7 +299,8 @@ class PerceptionGPT(PerceptionGPTNetwork):
         frame, width = self.config.model.frame, max(map(len, asked))
         filled = [c for of_image in asked for c in (*of_image, *of_image[-1:] * width)[:width]]
         num_patches, limit = self.clip.num_tokens(frame), self.config.max_tokens
-        chats = [encode_chat(c, self.tokenizer, num_patches, limit) for c in filled]
+        spoken = [spell(c, self.config.model.vis.form) for c in filled]
+        chats = [encode_chat(c, self.tokenizer, num_patches, limit) for c in spoken]
         side = self.config.model.vis.mask_size
         batch = collate_chats(chats, self.tokenizer, mask_side=side, pad_left=pad_left)
         device = next(self.parameters()).device

@@ -8,6 +8,7 @@ from typing import Literal
 from pixelllm.config import LanguageConfig, Source, TrainConfig
 
 VisInput = Literal["box", "mask", "random"]
+BoxForm = Literal["vis", "numbers", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ClipConfig:
 class VisConfig:
     """What `<vis>` is encoded from and decoded to."""
 
+    form: BoxForm = "vis"  # or boxes in the text, the paper's baselines (`pixelllm.box_text`)
     read: VisInput = "box"  # what of an object the language model reads, the release's choice
     box_hidden: int = 512
     mask_size: int = 256  # side of the masks that are encoded and compared

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pixelllm.batches import TextLimits
+from pixelllm.box_text import LOCATIONS, spell
 from pixelllm.chats import PLAIN, ChatBatch, collate_chats, encode_chat
 from pixelllm.checkpoints import write_text
 from pixelllm.config import Source
@@ -95,7 +96,7 @@ class ChatMixture(Mixture):
             seed=train.seed,
         )
         self.num_patches = num_patches
-        self.mask_side = config.model.vis.mask_size
+        self.vis = config.model.vis
 
     def __getitem__(self, step: int) -> PerceptionBatch:
         records = self.sources[self.picks[step]]
@@ -103,14 +104,12 @@ class ChatMixture(Mixture):
         drawn = records.batch(step, int(self.turns[step]))
         chosen = [choose_phrases(records.source, record, rng) for record in drawn]
         max_tokens = self.limits.max_tokens
-        chats = [
-            encode_chat(converse(item), self.tokenizer, self.num_patches, max_tokens)
-            for item in chosen
-        ]
+        spoken = [spell(converse(item), self.vis.form) for item in chosen]
+        chats = [encode_chat(c, self.tokenizer, self.num_patches, max_tokens) for c in spoken]
         images = torch.stack(
             [square_image(open_record_image(record), self.frame) for record in drawn]
         )
-        batch = collate_chats(chats, self.tokenizer, mask_side=self.mask_side)
+        batch = collate_chats(chats, self.tokenizer, mask_side=self.vis.mask_size)
         return PerceptionBatch(images, batch)
 
 
@@ -170,7 +169,9 @@ def build_chat_tokenizer(
         language = config.model.language
         if language.trunk is None and language.tokenizer is None:
             tokenizer.chat_template = PLAIN
-        add_markers(tokenizer)
+        if config.model.vis.form == "tokens":
+            tokenizer.add_tokens(list(LOCATIONS), special_tokens=True)
+        add_markers(tokenizer)  # last: the trunk has embeddings up to them
     return tokenizer
 
 
