@@ -34,7 +34,8 @@ def spell(conversation: Conversation, form: BoxForm) -> Conversation:
     if form == "vis":
         return conversation
     boxes = torch.tensor([found.box for found in conversation.objects]).reshape(-1, 4)
-    spelled = iter([spell_box(box, form) for box in square_boxes(boxes, conversation.size).tolist()])
+    boxes = square_boxes(boxes, conversation.size).tolist()
+    spelled = iter([spell_box(box, form) for box in boxes])
     rounds = [tuple(_fill(text, spelled) for text in spoken) for spoken in conversation.rounds]
     return replace(conversation, rounds=tuple(rounds), objects=())
 
