@@ -205,7 +205,7 @@ EXPRESSIONS = Source(
 )
 REGIONS = Source(
     "region",
-    weight=0.5,
+    weight=0.25,  # detection is soon perfect
     batch_size=8,
     phrases_per_image=8,
     contexts=(REGION_CONTEXT,),
@@ -216,7 +216,7 @@ REGIONS = Source(
 # Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
 PHRASES = Source(
     "region",
-    weight=2,
+    weight=3,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,
