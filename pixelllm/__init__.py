@@ -9,9 +9,15 @@ A name ending in `_px` departs from that. Masks named `padding` are True on padd
 """
 
 import logging
+from importlib import import_module
 from typing import Any
 
-__all__ = ["PixelLLM", "Processor"]
+_HOMES = {
+    "PixelLLM": "pixelllm.pretrained",
+    "PerceptionGPT": "pixelllm.perceiving",
+    "Processor": "pixelllm.processor",
+}
+__all__ = ["PerceptionGPT", "PixelLLM", "Processor"]
 
 # Where torchao is installed, transformers imports it, and torch then warns of its way with enums.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -19,12 +25,6 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 def __getattr__(name: str) -> Any:
     """Load the model's code when it is asked for; the data readers never do."""
-    if name == "PixelLLM":
-        from pixelllm.pretrained import PixelLLM
-
-        return PixelLLM
-    if name == "Processor":
-        from pixelllm.processor import Processor
-
-        return Processor
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

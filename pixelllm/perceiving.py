@@ -20,12 +20,14 @@ from pixelllm.boxes import order_corners
 from pixelllm.chats import ChatBatch, collate_chats, decode_answer, encode_chat
 from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_config, save_weights
 from pixelllm.conversations import Conversation, Referent
+from pixelllm.files import write_text
 from pixelllm.generation import Caption
 from pixelllm.loading import WithoutInitialValues
 from pixelllm.locating import Location
 from pixelllm.marked_text import VIS, Mention, cut_unfinished, parse_marked
 from pixelllm.markers import MARKERS, marker_ids
 from pixelllm.mask_codes import encode_mask
+from pixelllm.model_card import model_card
 from pixelllm.models.answering import Answers, write_answers
 from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
@@ -113,13 +115,15 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config, weights and tokenizer into a folder."""
+        """Write config, weights, tokenizer and model card into a folder."""
         folder = Path(folder)
         save_config(self.config, folder)
         self.tokenizer.save_pretrained(folder)
         if self.config.model.language.trunk is not None:
             self.language.model.config.save_pretrained(folder / TRUNK_FOLDER)
         save_weights(self, folder, self.named_elsewhere().__contains__)
+        card = model_card(self, self.config, named_parts(self.config))
+        write_text(folder / "README.md", card)
 
     def named_elsewhere(self) -> set[str]:
         """Tensors whose source a saved model names instead of carrying them.

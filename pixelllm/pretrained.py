@@ -142,7 +142,7 @@ class PixelLLM(PixelLLMNetwork):
             self.language.model.config.save_pretrained(folder / TRUNK_FOLDER)
         save_weights(self, folder, lambda name: is_referenced(name, self.config))
         referenced = [part for part in PUBLISHED if is_referenced(part, self.config)]
-        write_text(folder / "README.md", model_card(self, referenced))
+        write_text(folder / "README.md", model_card(self, self.config, referenced))
 
     def processor(self) -> Processor:
         """The processor that belongs to this model."""

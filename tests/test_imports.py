@@ -22,6 +22,7 @@ LAYERS = (
      "pixelllm.paper_recipes", "pixelllm.scene_recipes", "pixelllm.generation",
      "pixelllm.model_card", "pixelllm.scenic", "pixelllm.locating",
      "pixelllm.marked_text", "pixelllm.templates", "pixelllm.conversations", "pixelllm.chats",
+     "pixelllm.box_text",
      "pixelllm.batches", "pixelllm.feature_cache", "pixelllm.mixture",
      "pixelllm.shards", "pixelllm.sources", "pixelllm.streams", "pixelllm.processor",
      "pixelllm.loading", "pixelllm.quantize",
@@ -118,6 +119,7 @@ def test_importing_the_package_is_light_and_gives_the_model():
         "import sys, pixelllm; assert 'torch' not in sys.modules\n"
         "from pixelllm import PixelLLM, Processor\n"
         "assert PixelLLM.__name__ == 'PixelLLM' and callable(PixelLLM.from_pretrained)\n"
-        "assert Processor.__module__ == 'pixelllm.processor'"
+        "assert Processor.__module__ == 'pixelllm.processor'\n"
+        "assert pixelllm.PerceptionGPT.__module__ == 'pixelllm.perceiving'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -17,6 +17,7 @@ import eval as command
 import train
 from data import flickr30k, llava
 from pixelllm import cli
+from pixelllm.box_text import spell_box
 from pixelllm.config import LanguageConfig, TrainConfig
 from pixelllm.conversations import Conversation
 from pixelllm.evaluation.answers import normalised, score_phrases
@@ -26,6 +27,7 @@ from pixelllm.locating import Location
 from pixelllm.marked_text import VIS, Mention
 from pixelllm.markers import add_markers
 from pixelllm.mask_codes import decode_mask
+from pixelllm.models.answering import Answers
 from pixelllm.perceiving import Answer, PerceptionGPT
 from pixelllm.perception_config import (
     ClipConfig,
@@ -151,6 +153,38 @@ def test_expressions_are_located_each_on_its_own(model, images):
             assert 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1 and 0 < location.score < 1
             assert decode_mask(location.mask).shape == (image.height, image.width)
     assert model.locate(images[:1], texts[:1])[0][0].mask is None
+
+
+@pytest.mark.parametrize("form", ["numbers", "tokens"])
+def test_boxes_in_words_are_written_and_read(form, perception_tables, images, tmp_path):
+    """Shikra's and Kosmos-2's way, through the same data, training and commands."""
+    vis = replace(CONFIG.model.vis, form=form)
+    config = replace(CONFIG, model=replace(CONFIG.model, vis=vis))
+    out = run_stage(config, perception_tables, perception_tables, tmp_path / "run")
+    last = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-2]
+    assert last["loss_text"] > 0 == last["loss_l1"] == last["loss_bce"]
+    model = PerceptionGPT.from_pretrained(out)
+    text = f"Answer:<obj_vis_s>{spell_box((0.25, 0.25, 0.5, 0.75), form)}<obj_vis_e>.</s>"
+    ids = torch.tensor([model.tokenizer(text).input_ids])
+    assert model.tokenizer.unk_token_id not in ids and ids.max() < model.language.vocab_size
+    nothing = torch.zeros(0)
+    written = Answers(ids, ids < 0, -torch.ones(ids.shape), nothing, nothing, nothing, nothing)
+    answer = model._read(written, 0, (50, 100))
+    (found,) = answer.objects
+    assert answer.text == "Answer:."
+    assert torch.allclose(torch.tensor(found.box), torch.tensor([0.25, 0.0, 0.5, 1.0]), atol=0.04)
+    assert model.describe_boxes(images, [[(0.1, 0.1, 0.6, 0.6)], [(0.0, 0.0, 1.0, 1.0)]])
+    assert model.locate(images[:1], [["a car"]])[0][0].score == 0.0  # it writes no box as yet
+    with pytest.raises(ValueError, match=f"boxes as {form} has no masks"):
+        model.locate(images[:1], [["a car"]], with_masks=True)
+
+
+def test_the_model_card_shows_code_that_runs(run, images, tmp_path, monkeypatch, capsys):
+    card = (run / "README.md").read_text()
+    monkeypatch.chdir(run)
+    images[0].save(run / "image.jpg")
+    exec(compile(card.split("```python")[1].split("```")[0], "model card", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_boxes_are_described_and_questions_answered_in_the_order_given(model, images):
