@@ -53,8 +53,11 @@ class Conversation:
         return replace(self, rounds=rounds, objects=self.objects[:kept])
 
 
-def converse(item: Prompted) -> Conversation:
+def converse(item: Prompted, segment: bool = True) -> Conversation:
     """The conversation about the chosen phrases of a record.
+
+    Args:
+        segment: answer with the masks of objects, where they are known, beside their boxes.
 
     Raises ValueError naming the phrase where a question or an answer needs a box it lacks, or
     its mask is of another size than the image.
@@ -63,7 +66,7 @@ def converse(item: Prompted) -> Conversation:
     for phrase, question in zip(item.phrases, item.contexts, strict=True):
         if rounds:
             question = question.replace(IMAGE, "").strip()
-        answer, answered = _answer(phrase)
+        answer, answered = _answer(phrase, segment)
         if phrase.mask is not None and tuple(phrase.mask["size"]) != item.record.size:
             sizes = f"{phrase.mask['size']}, but the image is (H, W) {item.record.size}"
             raise ValueError(f"{phrase.id}: its mask is {sizes}; was one of them resized?")
@@ -81,12 +84,12 @@ def _asked_about(phrase: Phrase, question: str) -> list[Referent]:
     return [Referent(phrase.prompt_box, phrase.mask)]
 
 
-def _answer(phrase: Phrase) -> tuple[str, list[Referent]]:
+def _answer(phrase: Phrase, segment: bool) -> tuple[str, list[Referent]]:
     """What the assistant says, with the objects in it."""
     if phrase.task == "referring":
         if phrase.target_box is None:
             raise ValueError(f"{phrase.id}: a referring phrase has no target_box to answer with")
-        return ANSWER, [Referent(phrase.target_box, phrase.mask)]
+        return ANSWER, [Referent(phrase.target_box, phrase.mask if segment else None)]
     if phrase.task == "grounded":
         try:
             marked, boxes = mark_caption(phrase.caption, phrase.pieces)

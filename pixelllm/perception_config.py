@@ -77,8 +77,8 @@ class PerceptionStart:
 class PerceptionConfig:
     """One training run of PerceptionGPT.
 
-    Of the sources, tasks, shares, wordings (`contexts`) and phrases per image count; those of an
-    image are the rounds of one conversation.
+    Of the sources, tasks, shares, wordings (`contexts`), phrases per image and the weights of text,
+    boxes ("point") and masks count; the phrases of an image are the rounds of one conversation.
     """
 
     name: str

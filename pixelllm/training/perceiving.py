@@ -48,10 +48,11 @@ from pixelllm.vis_losses import perception_losses
 
 @dataclass(frozen=True)
 class PerceptionBatch:
-    """B images uint8[B, 3, S, S], padded to squares, with a chat each."""
+    """B images uint8[B, 3, S, S], padded to squares, with a chat each; all from one source."""
 
     images: Tensor
     chats: ChatBatch
+    source: Source
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,7 +62,7 @@ class PerceptionBatch:
         return self.chats.ids
 
     def to(self, device: torch.device) -> PerceptionBatch:
-        return PerceptionBatch(self.images.to(device), self.chats.to(device))
+        return replace(self, images=self.images.to(device), chats=self.chats.to(device))
 
 
 class ChatMixture(Mixture):
@@ -104,13 +105,14 @@ class ChatMixture(Mixture):
         drawn = records.batch(step, int(self.turns[step]))
         chosen = [choose_phrases(records.source, record, rng) for record in drawn]
         max_tokens = self.limits.max_tokens
-        spoken = [spell(converse(item), self.vis.form) for item in chosen]
+        segment = records.source.mask_weight > 0
+        spoken = [spell(converse(item, segment), self.vis.form) for item in chosen]
         chats = [encode_chat(c, self.tokenizer, self.num_patches, max_tokens) for c in spoken]
         images = torch.stack(
             [square_image(open_record_image(record), self.frame) for record in drawn]
         )
         batch = collate_chats(chats, self.tokenizer, mask_side=self.vis.mask_size)
-        return PerceptionBatch(images, batch)
+        return PerceptionBatch(images, batch, records.source)
 
 
 def build_stage(
@@ -142,7 +144,8 @@ def build_stage(
         tokens, objects = batch.chats.tokens, batch.chats.objects
         by_mask = draw_by_mask(config.model.vis.read, objects.has_mask)
         objects = objects._replace(by_mask=by_mask)
-        return perception_losses(model(batch.images, tokens, objects), tokens, objects)
+        terms = perception_losses(model(batch.images, tokens, objects), tokens, objects)
+        return weighted(terms, batch.source)
 
     def validate() -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -158,6 +161,13 @@ def build_stage(
         write_text(folder / BASELINE_FILE, json.dumps(samples))
 
     return Stage(model, batches, loss, validate, export)
+
+
+def weighted(terms: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """The terms of `perception_losses` that the source takes part in, times its weights."""
+    box, mask = source.point_weight, source.mask_weight
+    weights = {"text": source.text_weight, "l1": box, "giou": box, "bce": mask, "dice": mask}
+    return {name: weights[name] * term for name, term in terms.items() if weights[name]}
 
 
 def build_chat_tokenizer(
