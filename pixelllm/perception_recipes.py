@@ -31,10 +31,10 @@ TINY_CLIP = ClipConfig(
     conv_stem=True,
     weights=None,
 )
-# Masks are decoded in a third of the referring batches: four of them take as long as all else.
+# Masks take as long to learn from as all the rest of a conversation: fewer are asked for.
 SCENE_SOURCES = (
     Source("referring", weight=2, phrases_per_image=4, contexts=templates.LOCATE),
-    Source("referring", phrases_per_image=4, contexts=templates.SEGMENT, mask_weight=1.0),
+    Source("referring", phrases_per_image=2, contexts=templates.SEGMENT, mask_weight=1.0),
     Source("region", phrases_per_image=4, contexts=templates.DESCRIBE),
     Source("grounded", contexts=templates.GROUND),
     Source("question", phrases_per_image=4, contexts=templates.SHORT_ANSWER),
