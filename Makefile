@@ -1,6 +1,7 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
 # make small: the same model after an hour. make joint: one model for every task, from small.
+# make perceptiongpt: the second paper's model, on the same scenes.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +9,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart small joint test lint clean
+.PHONY: quickstart small joint perceptiongpt test lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(RUN)/gallery.html
@@ -119,6 +120,30 @@ joint: runs/joint-refseg/model.safetensors
 	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
 	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
 	$(PY) eval.py $(<D) --task dense --data $(BIG)/regions_val
+
+$(BIG)/grounded_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.flickr30k $(ANNOTATIONS)/flickr30k/annotations.zip \
+	    --split $(ANNOTATIONS)/flickr30k/$*.txt --images $(BIG)/scenes/$* --out $(@D)
+
+$(BIG)/questions_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.llava $(ANNOTATIONS)/llava_$*.json --images $(BIG)/scenes --out $(@D)
+
+runs/scenes-clip/model.safetensors: $(DATA)/busy_train/records.arrow $(DATA)/busy_val/records.arrow
+	$(PY) train.py scenes-clip --data $(DATA)/busy_train --val $(DATA)/busy_val \
+	    --out $(@D) --resume
+
+CHAT_TABLES := referring regions grounded questions
+
+runs/perceptiongpt/model.safetensors: runs/scenes-clip/model.safetensors \
+    $(foreach t,$(CHAT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
+	$(PY) train.py scenes-perceptiongpt --data $(CHAT_TABLES:%=$(BIG)/%_train) \
+	    --val $(CHAT_TABLES:%=$(BIG)/%_val) --start.clip runs/scenes-clip --out $(@D) --resume
+
+perceptiongpt: runs/perceptiongpt/model.safetensors
+	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
+	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
+	$(PY) eval.py $(<D) --task grounded --data $(BIG)/grounded_val
+	$(PY) eval.py $(<D) --task vqa --data $(BIG)/questions_val
 
 clean:
 	rm -rf $(RUN)

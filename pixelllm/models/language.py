@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from pixelllm.models.roomy_cache import roomy_cache
 from pixelllm.models.trunk import Generation, Language, Prompt, join
 from pixelllm.weights import pretrained_source, refuse_misfits
 
@@ -228,7 +229,7 @@ class DecoderOnlyLanguage(TransformersLanguage):
         ).last_hidden_state
 
     def new_cache(self) -> Cache:
-        return DynamicCache(config=self.model.config)
+        return roomy_cache(self.model.config)
 
     def _search(self, prompt: Prompt, config: GenerationConfig) -> Tensor:
         bos = torch.full((len(prompt.states), 1), self.bos_id, device=prompt.states.device)
