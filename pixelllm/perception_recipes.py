@@ -31,12 +31,19 @@ TINY_CLIP = ClipConfig(
     conv_stem=True,
     weights=None,
 )
-# Masks take as long to learn from as all the rest of a conversation: fewer are asked for.
+# Places are harder to learn from nothing than words. Masks take as long as all the rest of a
+# conversation: fewer are asked for.
 SCENE_SOURCES = (
-    Source("referring", weight=2, phrases_per_image=4, contexts=templates.LOCATE),
-    Source("referring", phrases_per_image=2, contexts=templates.SEGMENT, mask_weight=1.0),
+    Source("referring", weight=2, phrases_per_image=4, contexts=templates.LOCATE, point_weight=5.0),
+    Source(
+        "referring",
+        phrases_per_image=2,
+        contexts=templates.SEGMENT,
+        point_weight=5.0,
+        mask_weight=2.0,
+    ),
     Source("region", phrases_per_image=4, contexts=templates.DESCRIBE),
-    Source("grounded", contexts=templates.GROUND),
+    Source("grounded", contexts=templates.GROUND, point_weight=5.0),
     Source("question", phrases_per_image=4, contexts=templates.SHORT_ANSWER),
 )
 

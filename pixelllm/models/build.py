@@ -273,6 +273,8 @@ def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:
         intermediate_size=config.ff_width,
         num_hidden_layers=config.num_decoder_layers,
         num_attention_heads=config.num_heads,
+        # At the usual 0.02 a narrow model begins by attending to everything alike.
+        initializer_range=config.width**-0.5,
         pad_token_id=ids.pad_id,
         bos_token_id=ids.bos_id,
         eos_token_id=ids.eos_id,

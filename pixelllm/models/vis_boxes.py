@@ -1,14 +1,16 @@
 """A box into one embedding of the language model, and out of one (PerceptionGPT, section 3).
 
-Two MLPs of three layers (reference, section 3.1), the release's sizes and names. Difference: both
-compute in float32 whatever autocast says, because bfloat16 steps by 1/256 between 0.5 and 1.
+Two MLPs of three layers (reference, section 3.1), the release's sizes and names. Differences: both
+compute in float32 whatever autocast says, because bfloat16 steps by 1/256 between 0.5 and 1, and
+the decoder starts from random weights throughout. The release zeroes its last layer, through which
+nothing learns at first, and then loads it over with random numbers.
 """
 
 from __future__ import annotations
 
 import torch
 from segment_anything.modeling.mask_decoder import MLP
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class BoxEncoder(MLP):
@@ -24,12 +26,10 @@ class BoxEncoder(MLP):
 
 
 class BoxDecoder(MLP):
-    """States of the language model to boxes; untrained, every number is 0.5."""
+    """States of the language model to boxes."""
 
     def __init__(self, width: int, hidden: int = 512) -> None:
         super().__init__(width, hidden, 4, num_layers=3)
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, states: Tensor) -> Tensor:
         """float[n, D] -> float32[n, 4], xyxy in [0, 1] of the padded square.
