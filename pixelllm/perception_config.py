@@ -66,6 +66,17 @@ class PerceptionModelConfig:
 
 
 @dataclass(frozen=True)
+class PerceptionLoss:
+    """Weights of the terms (reference, section 4), beside those of a source."""
+
+    text: float = 1.0
+    l1: float = 1.0
+    giou: float = 1.0
+    bce: float = 1.0
+    dice: float = 1.0
+
+
+@dataclass(frozen=True)
 class PerceptionStart:
     """Finished runs that a training run starts from."""
 
@@ -85,6 +96,7 @@ class PerceptionConfig:
     model: PerceptionModelConfig = field(default_factory=PerceptionModelConfig)
     start: PerceptionStart = field(default_factory=PerceptionStart)
     sources: tuple[Source, ...] = ()
+    loss: PerceptionLoss = field(default_factory=PerceptionLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
     max_tokens: int = 2048  # of a conversation, image included
     max_new_tokens: int = 128  # of an answer

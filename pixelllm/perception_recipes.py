@@ -14,6 +14,7 @@ from pixelllm.perception_config import (
     ClipConfig,
     ClipPretraining,
     PerceptionConfig,
+    PerceptionLoss,
     PerceptionModelConfig,
     PerceptionStart,
     VisConfig,
@@ -31,21 +32,25 @@ TINY_CLIP = ClipConfig(
     conv_stem=True,
     weights=None,
 )
-# Places are harder to learn from nothing than words. Masks take as long as all the rest of a
-# conversation: fewer are asked for.
-SCENE_SOURCES = (
-    Source("referring", weight=2, phrases_per_image=4, contexts=templates.LOCATE, point_weight=5.0),
-    Source(
-        "referring",
-        phrases_per_image=2,
-        contexts=templates.SEGMENT,
-        point_weight=5.0,
-        mask_weight=2.0,
-    ),
-    Source("region", phrases_per_image=4, contexts=templates.DESCRIBE),
-    Source("grounded", contexts=templates.GROUND, point_weight=5.0),
-    Source("question", phrases_per_image=4, contexts=templates.SHORT_ANSWER),
-)
+DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
+GROUNDED = Source("grounded", contexts=templates.GROUND)
+ASKED = Source("question", phrases_per_image=8, contexts=templates.SHORT_ANSWER)
+LOCATED = Source("referring", weight=2, phrases_per_image=8, contexts=templates.LOCATE)
+# A mask takes as long to learn from as all the rest of a conversation: fewer are asked for.
+SEGMENTED = Source("referring", phrases_per_image=2, contexts=templates.SEGMENT, mask_weight=2.0)
+
+
+def words_then_places(share: float) -> tuple[Source, ...]:
+    """Words alone until `share` of the training, then all tasks.
+
+    As long as the trunk does not know the names, boxes teach it nothing but their mean.
+    """
+    words = (DESCRIBED, replace(GROUNDED, point_weight=0.0), ASKED)
+    tasks = (DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED)
+    return (
+        *(replace(source, window=(0.0, share)) for source in words),
+        *(replace(source, window=(share, 1.0)) for source in tasks),
+    )
 
 
 def perceptiongpt_7b() -> PerceptionConfig:
@@ -112,10 +117,11 @@ def scenes_perceptiongpt() -> PerceptionConfig:
             ),
         ),
         start=PerceptionStart(clip="runs/scenes-clip"),
-        sources=SCENE_SOURCES,
+        sources=words_then_places(0.25),
+        loss=PerceptionLoss(l1=10.0),
         train=TrainConfig(
-            steps=3000,
-            batch_size=16,
+            steps=8000,
+            batch_size=8,
             lr=2e-3,
             warmup=100,
             weight_decay=0.01,

@@ -219,6 +219,21 @@ def test_locate_without_masks_prints_a_line_per_text(tiny_joint, images, capsys)
     assert "mask" not in result and f"{result['box'][0]:.3f} " in lines[0]
 
 
+@pytest.mark.parametrize("options", [("--dtype", "bfloat16"), ("--int8",)], ids=" ".join)
+def test_locate_and_dense_in_lower_precision(tiny_joint, finder, images, capsys, options):
+    """Encoders and trunk in 16 or 8 bits find what they find in 32."""
+    if "--int8" in options:
+        pytest.importorskip("torchao")
+    found = []
+    for lower in ((), options):
+        locate(tiny_joint, images[0], "the red circle", "--mask", "--json", *lower)
+        dense(finder, images[0], "--json", *lower)
+        found.append(printed_json(capsys))
+    (exact, exact_objects), (near, near_objects) = found
+    assert np.abs(np.array(exact["box"]) - np.array(near["box"])).max() < 0.05
+    assert len(exact_objects["detections"]) == len(near_objects["detections"])
+
+
 def test_hundreds_of_expressions_are_located(tiny_joint, images, tmp_path, capsys):
     texts = [f"number {n}" for n in range(200)]
     locate(tiny_joint, images[0], *texts, "--json", "--png", tmp_path / "a.png")

@@ -37,7 +37,14 @@ from pixelllm.perception_config import (
     PerceptionStart,
     VisConfig,
 )
-from pixelllm.perception_recipes import SCENE_SOURCES, perceptiongpt_7b
+from pixelllm.perception_recipes import (
+    ASKED,
+    DESCRIBED,
+    GROUNDED,
+    LOCATED,
+    SEGMENTED,
+    perceptiongpt_7b,
+)
 from pixelllm.records import Phrase, Piece
 from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
@@ -60,7 +67,7 @@ CONFIG = PerceptionConfig(
         vis=VisConfig(box_hidden=16, mask_size=32, mask_bottleneck=8, num_heads=2, ff_width=16),
         language=LANGUAGE,
     ),
-    sources=SCENE_SOURCES,
+    sources=(LOCATED, SEGMENTED, DESCRIBED, GROUNDED, ASKED),
     train=TrainConfig(
         steps=6, batch_size=4, lr=1e-2, warmup=0, frozen=(), eval_batches=1, log_every=1
     ),
@@ -166,7 +173,7 @@ def test_a_source_takes_part_in_the_losses_it_has_a_weight_for(perception_tables
         ("masks", masks),
         ("both", replace(boxes, mask_weight=1)),
     ):
-        config = replace(CONFIG, sources=(source,))
+        config = replace(CONFIG, sources=(source,), loss=loss if name == "both" else CONFIG.loss)
         torch.manual_seed(0)
         stage = perceiving.build_stage(config, tables, tables, torch.device("cpu"))
         found[name] = stage.batches[0].chats.objects.has_mask.any()
@@ -175,7 +182,7 @@ def test_a_source_takes_part_in_the_losses_it_has_a_weight_for(perception_tables
     assert terms["boxes"].keys() == {"text", "l1", "giou"}
     assert terms["masks"].keys() == {"text", "bce", "dice"}
     assert torch.allclose(terms["masks"]["dice"], 2 * terms["both"]["dice"])
-    assert torch.allclose(terms["boxes"]["l1"], terms["both"]["l1"])
+    assert torch.allclose(10 * terms["boxes"]["l1"], terms["both"]["l1"])
 
 
 @pytest.mark.parametrize("form", ["numbers", "tokens"])
@@ -307,7 +314,7 @@ def test_features_are_not_cached(tmp_path):
 def test_a_trunk_is_worded_as_the_recipe_has_it(model):
     assert "red car" in model.question("referring", "red car")
     assert model.question("region").count(VIS) == 1
-    assert model.question("referring", "x") == SCENE_SOURCES[0].contexts[0].replace("{}", "x")
+    assert model.question("referring", "x") == templates.LOCATE[0].replace("{}", "x")
 
 
 def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, capsys):

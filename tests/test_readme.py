@@ -37,6 +37,7 @@ WORK = {
     "pixelllm.cli locate": (cli, "locate"),
     "pixelllm.cli dense": (cli, "dense"),
     "pixelllm.cli info": (cli, "info"),
+    "pixelllm.cli ask": (cli, "ask"),
 }
 
 
@@ -123,7 +124,7 @@ def planned(tmp_path_factory) -> dict[str, list[list[str]]]:
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     run = f"RUN={tmp_path_factory.mktemp('make') / 'run'}"
     plans = {}
-    for target in ("quickstart", "small", "joint", "test", "lint"):
+    for target in ("quickstart", "small", "joint", "perceptiongpt", "test", "lint"):
         command = ["make", "--no-print-directory", "-n", target, run]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

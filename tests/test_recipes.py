@@ -287,3 +287,14 @@ def test_the_joint_stage_mixes_as_published():
 def test_the_context_of_a_user_is_the_one_of_training():
     whole, region = default_contexts(RECIPES["ln-coco-t5xl"]())
     assert whole == NARRATION_CONTEXTS[0] and region == "an object of "
+
+
+def test_scenes_teach_perceptiongpt_words_before_places():
+    """Until names are known, boxes teach a trunk nothing but their mean."""
+    recipe = RECIPES["scenes-perceptiongpt"]()
+    first = [source for source in recipe.sources if source.window[0] == 0]
+    later = {source.task for source in recipe.sources if source.window[1] == 1}
+    assert {source.task for source in first} == {"region", "grounded", "question"}
+    assert later == {"region", "grounded", "question", "referring"}
+    (grounded,) = (source for source in first if source.task == "grounded")
+    assert grounded.point_weight == 0

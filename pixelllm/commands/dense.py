@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -29,6 +29,8 @@ class DenseCommand:
         html: write a page of all images with their objects.
         png: write a picture with the objects (of the first image).
         device: auto, cpu, cuda or mps.
+        dtype: hold image encoders and language trunk in this precision; as the run says by default.
+        int8: hold the trunk's weights in 8 bits (needs torchao).
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -39,6 +41,8 @@ class DenseCommand:
     html: Path | None = None
     png: Path | None = None
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    int8: bool = False
 
 
 def dense(command: DenseCommand) -> None:
@@ -47,7 +51,7 @@ def dense(command: DenseCommand) -> None:
     check_at_least_one("--max-detections", command.max_detections)
     check_at_least_one("--beams", command.beams)
     check_files(command.images, [command.html, command.png])
-    model = load_model(command.model, command.device)
+    model = load_model(command.model, command.device, command.dtype, command.int8)
     processor, device = model.processor(), next(model.parameters()).device
     results = []
     for path in command.images:

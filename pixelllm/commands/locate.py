@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -30,6 +30,8 @@ class LocateCommand:
         json: print one JSON object a line instead of text.
         png: write a picture of all boxes and masks.
         device: auto, cpu, cuda or mps.
+        dtype: hold image encoders and language trunk in this precision; as the run says by default.
+        int8: hold the trunk's weights in 8 bits (needs torchao).
     """
 
     image: tyro.conf.Positional[Path]
@@ -40,6 +42,8 @@ class LocateCommand:
     json: bool = False
     png: Path | None = None
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    int8: bool = False
 
 
 def locate(command: LocateCommand) -> None:
@@ -47,7 +51,7 @@ def locate(command: LocateCommand) -> None:
         example = f'pixelllm locate {command.image} "the red car on the left"'
         raise ValueError(f"no expression given; try: {example} --model {command.model}")
     check_files([command.image], [command.png])
-    model = load_any_model(command.model, command.device)
+    model = load_any_model(command.model, command.device, command.dtype, command.int8)
     image = open_image(command.image)
     if isinstance(model, PerceptionGPT):
         if command.snap:

@@ -26,7 +26,7 @@ from pixelllm.markers import add_markers
 from pixelllm.mixture import Mixture
 from pixelllm.models.perceptiongpt import draw_by_mask
 from pixelllm.perceiving import PUBLISHED, PerceptionGPT
-from pixelllm.perception_config import PerceptionConfig
+from pixelllm.perception_config import PerceptionConfig, PerceptionLoss
 from pixelllm.shards import ShardedTable
 from pixelllm.sources import choose_phrases
 from pixelllm.squares import square_image
@@ -145,7 +145,7 @@ def build_stage(
         by_mask = draw_by_mask(config.model.vis.read, objects.has_mask)
         objects = objects._replace(by_mask=by_mask)
         terms = perception_losses(model(batch.images, tokens, objects), tokens, objects)
-        return weighted(terms, batch.source)
+        return weighted(terms, config.loss, batch.source)
 
     def validate() -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -163,10 +163,15 @@ def build_stage(
     return Stage(model, batches, loss, validate, export)
 
 
-def weighted(terms: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """The terms of `perception_losses` that the source takes part in, times its weights."""
-    box, mask = source.point_weight, source.mask_weight
-    weights = {"text": source.text_weight, "l1": box, "giou": box, "bce": mask, "dice": mask}
+def weighted(terms: dict[str, Tensor], loss: PerceptionLoss, source: Source) -> dict[str, Tensor]:
+    """The terms of `perception_losses` that the source takes part in, times their weights."""
+    weights = {
+        "text": loss.text * source.text_weight,
+        "l1": loss.l1 * source.point_weight,
+        "giou": loss.giou * source.point_weight,
+        "bce": loss.bce * source.mask_weight,
+        "dice": loss.dice * source.mask_weight,
+    }
     return {name: weights[name] * term for name, term in terms.items() if weights[name]}
 
 
