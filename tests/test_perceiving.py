@@ -33,6 +33,7 @@ from pixelllm.perception_config import (
     ClipConfig,
     ClipPretraining,
     PerceptionConfig,
+    PerceptionLoss,
     PerceptionModelConfig,
     PerceptionStart,
     VisConfig,
@@ -173,7 +174,8 @@ def test_a_source_takes_part_in_the_losses_it_has_a_weight_for(perception_tables
         ("masks", masks),
         ("both", replace(boxes, mask_weight=1)),
     ):
-        config = replace(CONFIG, sources=(source,), loss=loss if name == "both" else CONFIG.loss)
+        loss = PerceptionLoss(l1=10.0 if name == "both" else 1.0)
+        config = replace(CONFIG, sources=(source,), loss=loss)
         torch.manual_seed(0)
         stage = perceiving.build_stage(config, tables, tables, torch.device("cpu"))
         found[name] = stage.batches[0].chats.objects.has_mask.any()
