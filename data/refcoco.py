@@ -234,6 +234,35 @@ def held_out_images(path: Path) -> dict[str, set[int]]:
     return found
 
 
+class Leaks:
+    """Training images that other sets hold out, counted in a report and perhaps left out.
+
+    Args:
+        counted, dropped: tables or annotation files with COCO images, as in `Options`.
+        report: gets `leaks`, the number of images shared with each split.
+
+    Raises ValueError naming a file that no image can leak from.
+    """
+
+    def __init__(
+        self, counted: Iterable[Path], dropped: Iterable[Path], report: dict[str, Any]
+    ) -> None:
+        parts = {path: held_out_images(path) for path in (*counted, *dropped)}
+        self._held_out = {name: found for part in parts.values() for name, found in part.items()}
+        self._to_drop = set().union(*(n for path in dropped for n in parts[path].values()))
+        self._report = report
+        report["leaks"] = dict.fromkeys(self._held_out, 0)
+
+    def drops(self, number: int | str | None) -> bool:
+        """Count an image by its number in COCO; whether it is to be left out."""
+        for name, numbers in self._held_out.items():
+            self._report["leaks"][name] += number in numbers
+        if number in self._to_drop:
+            drop(self._report, "leaked image")
+            return True
+        return False
+
+
 def read_records(
     referents: list[Referent], options: Options, report: dict[str, Any]
 ) -> Iterator[Record]:
@@ -241,20 +270,15 @@ def read_records(
 
     Raises FileNotFoundError or ValueError naming the image or referent.
     """
-    parts = {path: held_out_images(path) for path in (*options.leaks, *options.drop_leaks)}
-    held_out = {name: numbers for part in parts.values() for name, numbers in part.items()}
-    to_drop = set().union(*(n for path in options.drop_leaks for n in parts[path].values()))
-    report.update(split=options.split, leaks=dict.fromkeys(held_out, 0))
+    report["split"] = options.split
+    leaks = Leaks(options.leaks, options.drop_leaks, report)
     by_image = defaultdict(list)
     for referent in referents:
         number = coco_number(referent.image)
         by_image[referent.source, referent.image if number is None else number].append(referent)
     seen: Counter[str] = Counter()
     for (source, image), found in by_image.items():
-        for name, numbers in held_out.items():
-            report["leaks"][name] += image in numbers
-        if image in to_drop:
-            drop(report, "leaked image")
+        if leaks.drops(image):
             continue
         if source not in FILE_NAMES:
             drop(report, f"image of {source}")

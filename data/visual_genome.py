@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from data.annotations import (
     start_report,
     stream_list,
 )
+from data.refcoco import Leaks
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import write_table
 
@@ -104,23 +106,45 @@ class Corpus:
                 yield f"{file}: image {image['id']}", image, by_image[image["id"]]
 
 
-def read_records(
-    corpus: Corpus, folder: Path, split: str | None, report: dict[str, Any], skip_missing: bool
-) -> Iterator[Record]:
+@dataclass(frozen=True)
+class Options:
+    """Which images become records.
+
+    Args:
+        images: folder of the images, or the one that holds VG_100K and VG_100K_2.
+        split: train, val or test of densecap_splits.json.
+        drop_leaks: tables or annotation files with COCO images; those that a split other than
+            train holds are counted and left out. Needs image_data.json, which knows their numbers.
+        skip_missing: drop and count images whose file is missing.
+    """
+
+    images: Path
+    split: str | None = None
+    drop_leaks: tuple[Path, ...] = ()
+    skip_missing: bool = False
+
+
+def read_records(corpus: Corpus, options: Options, report: dict[str, Any]) -> Iterator[Record]:
     """One record per image with its regions; `report` is filled while they are taken.
 
     Raises FileNotFoundError or ValueError naming the image or region.
     """
-    wanted = corpus.images_of(split)
-    report["split"] = split
+    wanted = corpus.images_of(options.split)
+    report["split"] = options.split
+    leaks = Leaks((), options.drop_leaks, report)
     for name, image, regions in corpus.entries():
-        if wanted is None or image["id"] in wanted:
-            tried = image_paths(folder, image.get("file_name", f"{image['id']}.jpg"), "vg")
-            picture = Picture(name, image["id"], tried, image)
-            phrases_at = partial(_phrases, name, regions, report)
-            record = read_record(picture, phrases_at, report, skip_missing)
-            if record:
-                yield record
+        if wanted is not None and image["id"] not in wanted:
+            continue
+        if options.drop_leaks and "coco_id" not in image:
+            raise ValueError(f"{name}: no coco_id to find leaks by; give image_data.json as well")
+        if leaks.drops(image.get("coco_id")):
+            continue
+        tried = image_paths(options.images, image.get("file_name", f"{image['id']}.jpg"), "vg")
+        picture = Picture(name, image["id"], tried, image)
+        phrases_at = partial(_phrases, name, regions, report)
+        record = read_record(picture, phrases_at, report, options.skip_missing)
+        if record:
+            yield record
 
 
 def _phrases(
@@ -137,38 +161,26 @@ def _phrases(
             yield Phrase(name, "region", text, prompt_box=box, target_box=box)
 
 
-def convert(
-    files: list[Path],
-    folder: Path,
-    out: Path,
-    split: str | None = None,
-    skip_missing: bool = False,
-) -> dict[str, Any]:
+def convert(files: list[Path], options: Options, out: Path) -> dict[str, Any]:
     """Write the table `out`; returns its report. Raises as `read_records`, nothing is written."""
-    report = start_report(files, folder)
-    records = read_records(Corpus(files), folder, split, report, skip_missing)
-    write_table(tqdm(records, "images"), out, report)
+    report = start_report(files, options.images)
+    write_table(tqdm(read_records(Corpus(files), options, report), "images"), out, report)
     return report
 
 
 def main(
     annotations: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    images: Path,
+    options: Annotated[Options, tyro.conf.arg(name="")],
     out: Path,
-    split: str | None = None,
-    skip_missing: bool = False,
 ) -> None:
     """Turn Visual Genome's region descriptions into a table of records.
 
     Args:
         annotations: region_descriptions.json, perhaps with image_data.json, which sizes are
             checked against, and densecap_splits.json; or GRiT's train.json or test.json.
-        images: folder of the images, or the one that holds VG_100K and VG_100K_2.
         out: table to write; a table of that name is replaced when the new one is complete.
-        split: train, val or test of densecap_splits.json.
-        skip_missing: drop and count images whose file is missing.
     """
-    print_report(partial(convert, list(annotations), images, out, split, skip_missing))
+    print_report(partial(convert, list(annotations), options, out))
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def tiny_tables(tiny_scenes: Path) -> Tables:
         )
         data.visual_genome.convert(
             [annotations / "visual_genome" / f"{split}.json"],
-            tiny_scenes / split,
+            data.visual_genome.Options(tiny_scenes / split),
             out / f"{split}_described",
         )
         data.refcoco.convert(

@@ -249,7 +249,11 @@ def test_scenes_of_every_task_become_chats(tmp_path: Path):
         refcoco.Options(out / "train", "train"),
         tmp_path / "referring",
     )
-    visual_genome.convert([folder / "visual_genome/train.json"], out / "train", tmp_path / "region")
+    visual_genome.convert(
+        [folder / "visual_genome/train.json"],
+        visual_genome.Options(out / "train"),
+        tmp_path / "region",
+    )
     flickr30k.convert(folder / "flickr30k/annotations.zip", out / "train", tmp_path / "grounded")
     llava.convert([folder / "llava_train.json"], out, tmp_path / "question")
     wordings = {

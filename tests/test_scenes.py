@@ -407,7 +407,9 @@ def test_readers_take_every_expression(written: Path, tmp_path: Path, split: str
 def test_readers_take_every_region(written: Path, tmp_path: Path, files: list[str]):
     paths = [written / "annotations/visual_genome" / file for file in files]
     split = "val" if len(files) == 3 else None
-    report = visual_genome.convert(paths, written / "val", tmp_path / "table", split)
+    report = visual_genome.convert(
+        paths, visual_genome.Options(written / "val", split), tmp_path / "table"
+    )
     records = list(Table(tmp_path / "table"))
     every = expected(written, "val", lambda line: [thing["phrase"] for thing in line["objects"]])
     assert phrases_of(records) == every and not report["dropped"]

@@ -12,8 +12,9 @@ from PIL import Image
 
 import data.annotations
 from data.annotations import stream_list
-from data.visual_genome import convert, main
-from pixelllm.tables import Table
+from data.visual_genome import Options, convert, main
+from pixelllm.records import Phrase, Record
+from pixelllm.tables import Table, write_table
 
 REAL = Path(
     os.environ.get("PIXELLLM_REAL_DATA", Path(__file__).parents[2] / "shared" / "data" / "real")
@@ -61,7 +62,7 @@ def write_corpus(folder: Path, regions: list[dict] = REGIONS, height: int = HEIG
 
 def test_regions_become_phrases_at_their_boxes(tmp_path: Path, images: Path):
     files = write_corpus(tmp_path)
-    report = convert(files, images, tmp_path / "table", "train")
+    report = convert(files, Options(images, "train"), tmp_path / "table")
     (record,) = Table(tmp_path / "table")
     assert (record.id, record.size) == ("VG_100K/1", (HEIGHT, WIDTH))
     clock, tree = record.phrases
@@ -76,9 +77,9 @@ def test_regions_become_phrases_at_their_boxes(tmp_path: Path, images: Path):
 
 def test_the_order_and_names_of_the_files_do_not_matter(tmp_path: Path, images: Path):
     files = [file.rename(tmp_path / str(n)) for n, file in enumerate(write_corpus(tmp_path))]
-    convert(files[::-1], images, tmp_path / "table", "test")
+    convert(files[::-1], Options(images, "test"), tmp_path / "table")
     assert [record.id for record in Table(tmp_path / "table")] == ["VG_100K_2/2"]
-    convert(files[:1], images, tmp_path / "all")
+    convert(files[:1], Options(images), tmp_path / "all")
     assert [record.id for record in Table(tmp_path / "all")] == ["VG_100K/1", "VG_100K_2/2"]
 
 
@@ -93,7 +94,7 @@ def test_grits_layout_is_read(tmp_path: Path, images: Path):
         "categories": [{"id": 1, "name": "object"}],
     }
     file = write(tmp_path / "train.json", content)
-    report = convert([file], images, tmp_path / "table")
+    report = convert([file], Options(images), tmp_path / "table")
     (record,) = Table(tmp_path / "table")
     (phrase,) = record.phrases
     assert (record.id, phrase.id, phrase.caption) == ("VG_100K_2/2", "region/7", "a car")
@@ -104,26 +105,42 @@ def test_grits_layout_is_read(tmp_path: Path, images: Path):
 def test_boxes_outside_the_image_are_counted(tmp_path: Path, images: Path):
     regions = [region(1, 1, "out", x=60), region(2, 1, "flat", height=0), region(3, 1, "in")]
     file = write(tmp_path / "regions.json", [{"id": 1, "regions": regions}])
-    report = convert([file], images, tmp_path / "table")
+    report = convert([file], Options(images), tmp_path / "table")
     assert (report["phrases"], report["dropped"]) == (1, {"empty box": 2})
 
 
 def test_wrong_splits_name_the_right_ones(tmp_path: Path, images: Path):
     files = write_corpus(tmp_path)
     with pytest.raises(ValueError, match="--split testA: .*there are train, val, test"):
-        convert(files, images, tmp_path / "table", "testA")
+        convert(files, Options(images, "testA"), tmp_path / "table")
     with pytest.raises(ValueError, match="--split test: .*give densecap_splits.json"):
-        convert(files[:2], images, tmp_path / "table", "test")
+        convert(files[:2], Options(images, "test"), tmp_path / "table")
+
+
+def test_images_that_coco_holds_out_are_left_out(tmp_path: Path, images: Path):
+    """By image_data's coco_id: half of Visual Genome is COCO's, some of it RefCOCO's val."""
+    files = write_corpus(tmp_path)
+    entries = json.loads(files[1].read_text())
+    entries[0]["coco_id"], entries[1]["coco_id"] = 7, 8
+    write(files[1], entries)
+    phrase = Phrase("referring/1", "referring", "it", context="it", target_box=(0.0, 0.0, 1.0, 1.0))
+    held_out = Record("x", (9, 9), (phrase,), path="/coco/000000000007.jpg")
+    write_table([held_out], tmp_path / "val", {})
+    report = convert(files, Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "table")
+    assert [r.id for r in Table(tmp_path / "table")] == ["VG_100K_2/2"]
+    assert list(report["leaks"].values()) == [1] and report["dropped"]["leaked image"] == 1
+    with pytest.raises(ValueError, match="no coco_id to find leaks by; give image_data.json"):
+        convert(files[:1], Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "other")
 
 
 def test_images_are_checked(tmp_path: Path, images: Path):
     with pytest.raises(ValueError, match=r"image 1: .*\(40, 60\).*\(41, 60\)"):
-        convert(write_corpus(tmp_path, height=41), images, tmp_path / "table")
+        convert(write_corpus(tmp_path, height=41), Options(images), tmp_path / "table")
     (images / "VG_100K/1.jpg").unlink()
     files = write_corpus(tmp_path)
     with pytest.raises(FileNotFoundError, match="image 1: .*VG_100K_2/1.jpg.*--skip-missing"):
-        convert(files, images, tmp_path / "table")
-    report = convert(files, images, tmp_path / "table", skip_missing=True)
+        convert(files, Options(images), tmp_path / "table")
+    report = convert(files, Options(images, skip_missing=True), tmp_path / "table")
     assert report["dropped"] == {"missing image": 1, "image without phrases": 1}
 
 
@@ -143,7 +160,7 @@ def test_images_are_checked(tmp_path: Path, images: Path):
 def test_bad_annotations_are_named(tmp_path: Path, images: Path, content: Any, message: str):
     file = write(tmp_path / "bad.json", content)
     with pytest.raises(ValueError, match=f"bad.json.*{message}"):
-        convert([file], images, tmp_path / "table")
+        convert([file], Options(images), tmp_path / "table")
     assert not (tmp_path / "table").exists()
 
 
@@ -181,7 +198,7 @@ def test_a_damaged_list_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pyte
 
 def test_the_command_ends_with_one_line(tmp_path: Path, images: Path):
     with pytest.raises(SystemExit, match="^error: .*absent.json"):
-        main((tmp_path / "absent.json",), images, tmp_path / "table")
+        main((tmp_path / "absent.json",), Options(images), tmp_path / "table")
 
 
 @pytest.mark.parametrize("layout", ["published", "grit"])
@@ -196,7 +213,8 @@ def test_the_real_sample_keeps_all_regions(tmp_path: Path, layout: str):
     content = json.loads((folder / published[0]).read_text())
     splits = json.loads((folder / "densecap_splits.json").read_text())
     split = next((name for name, ids in splits.items() if 1 in ids), None)
-    report = convert(files, tmp_path, tmp_path / "table", split if layout == "published" else None)
+    options = Options(tmp_path, split if layout == "published" else None)
+    report = convert(files, options, tmp_path / "table")
     (record,) = Table(tmp_path / "table")
     assert report["phrases"] == len(record.phrases) == len(content[0]["regions"])
     for phrase, entry in zip(record.phrases, content[0]["regions"], strict=True):
