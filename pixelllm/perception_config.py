@@ -46,6 +46,7 @@ class PerceptionModelConfig:
     """PerceptionGPT."""
 
     frame: int = 224  # side of the padded square that is seen
+    value_position: bool = False  # add a map of every visual token's place to it
     clip: ClipConfig = field(default_factory=ClipConfig)
     vis: VisConfig = field(default_factory=VisConfig)
     language: LanguageConfig = field(

@@ -100,6 +100,7 @@ def scenes_perceptiongpt() -> PerceptionConfig:
         name="scenes-perceptiongpt",
         model=PerceptionModelConfig(
             frame=160,
+            value_position=True,
             clip=TINY_CLIP,
             vis=VisConfig(
                 box_hidden=128, mask_size=160, mask_bottleneck=64, num_heads=4, ff_width=256

@@ -15,7 +15,7 @@ from pixelllm.markers import MarkerIds
 from pixelllm.models.build import SpecialIds
 from pixelllm.models.build_perception import build_clip, build_perception, grow_vocabulary
 from pixelllm.models.language import build_trunk
-from pixelllm.models.perceptiongpt import Objects, PerceptionGPTNetwork, Tokens
+from pixelllm.models.perceptiongpt import Objects, PerceptionGPTNetwork, Tokens, Views
 from pixelllm.perception_config import ClipConfig, PerceptionModelConfig, VisConfig
 from pixelllm.vis_losses import perception_losses
 
@@ -48,6 +48,22 @@ def test_what_learns_is_what_the_release_trains():
     assert not any("lora" in name or "embed_tokens" in name for name in frozen)
     adapted = {name.split(".")[-4] for name, _ in network.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj", "v_proj"}
+
+
+def test_visual_tokens_are_told_their_places_on_demand():
+    """Of an image without any content; the paper's model has no such map."""
+    assert PerceptionGPTNetwork(**build_perception(TINY, MARKS, IDS, ())).place_map is None
+    placed = replace(TINY, value_position=True)
+    network = PerceptionGPTNetwork(**build_perception(placed, MARKS, IDS, ()))
+    token_ids = torch.full((1, 4), MARKS.image)
+    views = Views(torch.zeros(1, 4, 16), None)
+    seen = network.embed(token_ids, views, Objects.of_boxes(torch.zeros(0, 4)))[0]
+    assert torch.pdist(seen.detach()).min() > 0.1
+    network.place_map = None
+    assert (
+        torch.pdist(network.embed(token_ids, views, Objects.of_boxes(torch.zeros(0, 4)))[0]).max()
+        == 0
+    )
 
 
 def test_a_trunk_in_bfloat16_learns_in_float32():

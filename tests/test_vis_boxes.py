@@ -36,3 +36,10 @@ def test_the_first_box_already_teaches_the_language_model(generator: torch.Gener
     states = torch.randn(2, 8, generator=generator, requires_grad=True)
     BoxDecoder(8, 16)(states).sum().backward()
     assert states.grad.abs().max() > 1e-4
+
+
+def test_untrained_embeddings_of_boxes_differ(generator: torch.Generator):
+    """Beside a large constant part, which the norm of a trunk keeps, boxes would all look alike."""
+    embedded = BoxEncoder(32, 64)(torch.rand(200, 4, generator=generator))
+    mean = embedded.mean(0)
+    assert (embedded - mean).norm(dim=1).mean() > 0.4 * mean.norm()

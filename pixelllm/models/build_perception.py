@@ -13,6 +13,7 @@ from pixelllm.models.build import SpecialIds, build_language
 from pixelllm.models.clip import FusedClip
 from pixelllm.models.language import DecoderOnlyLanguage, Language
 from pixelllm.models.mask_encoder import MaskEncoder
+from pixelllm.models.perceptiongpt import PLACE_CHANNELS
 from pixelllm.models.stem import ConvStem
 from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
 from pixelllm.models.vis_masks import VisMaskDecoder, VisMaskHead
@@ -54,6 +55,7 @@ def build_perception(
         "mask_encoder": MaskEncoder(width, vis.mask_size, vis.mask_bottleneck),
         "mask_head": VisMaskHead(width, VisMaskDecoder(clip.width, *transformer)),
         "markers": markers,
+        "place_map": nn.Linear(PLACE_CHANNELS, width) if config.value_position else None,
     }
 
 

@@ -9,6 +9,7 @@ answers alone.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from pixelllm.models.language import DecoderOnlyLanguage
 from pixelllm.models.mask_encoder import MaskEncoder
 from pixelllm.models.trunk import Language
 from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
-from pixelllm.models.vis_masks import VisMaskHead
+from pixelllm.models.vis_masks import VisMaskHead, sine_positions
 from pixelllm.perception_config import VisInput
+
+PLACE_CHANNELS = 64
 
 
 class Tokens(NamedTuple):
@@ -90,6 +93,8 @@ class PerceptionGPTNetwork(nn.Module):
         box_encoder, mask_encoder: objects to embeddings.
         box_decoder, mask_head: states to objects.
         markers: ids of the special tokens.
+        place_map: from `PLACE_CHANNELS` to the trunk's width, of a code of where visual tokens lie,
+            which is added to them; the paper's model has none.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class PerceptionGPTNetwork(nn.Module):
         mask_encoder: MaskEncoder,
         mask_head: VisMaskHead,
         markers: MarkerIds,
+        place_map: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_trunk(language, markers)
@@ -113,6 +119,7 @@ class PerceptionGPTNetwork(nn.Module):
         self.mask_encoder = mask_encoder
         self.mask_head = mask_head
         self.markers = markers
+        self.place_map = place_map
 
     def forward(self, images: Tensor, tokens: Tokens, objects: Objects) -> Perception:
         """Teacher-forced prediction for B images with K texts each, R = B * K.
@@ -163,6 +170,10 @@ class PerceptionGPTNetwork(nn.Module):
         check_images(is_image, views)
         check_objects(is_vis, objects)
         visual = self.projector(views.coarse)  # (B, N, D)
+        if self.place_map is not None:
+            side = math.isqrt(visual.shape[1])
+            code = sine_positions(side, side, PLACE_CHANNELS, visual.device)
+            visual = visual + self.place_map(code.flatten(1).T)
         visual = visual.repeat_interleave(len(token_ids) // len(visual), dim=0)
         visual = visual[is_image.any(1)].to(embeddings.dtype)
         seen = self.embed_objects(objects).to(embeddings.dtype)

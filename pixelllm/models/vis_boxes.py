@@ -14,10 +14,14 @@ from torch import Tensor
 
 
 class BoxEncoder(MLP):
-    """Boxes to embeddings of width D."""
+    """Boxes to embeddings of width D; untrained, embeddings of near boxes already differ."""
 
     def __init__(self, width: int, hidden: int = 512) -> None:
         super().__init__(4, hidden, width, num_layers=3)
+        first = self.layers[0]
+        with torch.no_grad():  # steep, and each bends somewhere among the boxes
+            first.weight.mul_(8)
+            first.bias.copy_(-(first.weight * torch.rand_like(first.weight)).sum(1))
 
     def forward(self, boxes: Tensor) -> Tensor:
         """float[n, 4], xyxy in [0, 1] of the padded square -> float32[n, D]."""
