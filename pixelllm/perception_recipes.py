@@ -95,7 +95,7 @@ def scenes_clip() -> ClipPretraining:
 
 
 def scenes_perceptiongpt() -> PerceptionConfig:
-    """PerceptionGPT on scenes, minutes on two cores."""
+    """PerceptionGPT on scenes, two hours on a core."""
     return PerceptionConfig(
         name="scenes-perceptiongpt",
         model=PerceptionModelConfig(
@@ -122,8 +122,8 @@ def scenes_perceptiongpt() -> PerceptionConfig:
         loss=PerceptionLoss(l1=10.0),
         train=TrainConfig(
             steps=8000,
-            batch_size=8,
-            lr=2e-3,
+            batch_size=16,
+            lr=1e-3,
             warmup=100,
             weight_decay=0.01,
             betas=(0.9, 0.98),
