@@ -55,7 +55,7 @@ def test_golden_generate(name: str, use_cache: bool):
 @pytest.fixture
 def network() -> PerceptionGPTNetwork:
     """One that writes an object about every third token, and ends now and then."""
-    network = tiny_network(seed=3)
+    network = tiny_network(seed=138)
     head = network.language.model.lm_head
     with torch.no_grad():
         head.weight[[MARKS.vis, EOS]] *= torch.tensor([[3.0], [0.9]])

@@ -94,6 +94,7 @@ def tiny_network(seed: int = 0, width: int = 16, **sizes: int) -> PerceptionGPTN
     )
     for layer in (*network.box_encoder.layers, *network.box_decoder.layers):
         nn.init.normal_(layer.weight, std=0.5)
+        nn.init.uniform_(layer.bias, -0.3, 0.3)
     return network.eval()
 
 

@@ -67,7 +67,9 @@ class MaskAdapter(nn.Module):
             float[B, K, 2, width].
         """
         B, K, N, _ = prefix.shape
-        keys = torch.cat([self.prefix_projection(prefix), self.hidden_projection(hidden)], dim=2)
+        dtype = self.output_tokens.dtype  # a trunk in bfloat16 has features in that
+        found = self.prefix_projection(prefix.to(dtype)), self.hidden_projection(hidden.to(dtype))
+        keys = torch.cat(found, dim=2)
         seen = None
         if hidden_padding is not None:
             seen = F.pad(~hidden_padding, (N, 0), value=True)
