@@ -4,9 +4,10 @@
 
 One `<vis>` embedding a box, numbers in the text (Shikra) or location tokens (Kosmos-2), and `<vis>`
 over the last layer alone instead of the sum of all: each is scenes-perceptiongpt trained on the
-referring expressions of a table, with the same steps and batches, once for every seed. Scored
-are the boxes that the models write, all expressions of the validation table. Times are those of the
-process, on one thread. Runs that are finished are not repeated, so the script can be interrupted.
+referring expressions of a table, with the same steps and batches, once for every seed. Scored are
+all expressions of the validation table: boxes in the text as they are written, those of `<vis>`
+where the answer has it, as `eval.py` does. Times are those of the process, on one thread, whole
+answers written. Runs that are finished are not repeated, so the script can be interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pixelllm.files import write_text
 from pixelllm.marked_text import VIS_END, VIS_START
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.perception_config import BoxForm, PerceptionConfig, PerceptionStart
-from pixelllm.perception_recipes import scenes_perceptiongpt
+from pixelllm.perception_recipes import LOCATED, SEGMENTED, scenes_perceptiongpt
 from pixelllm.tables import Table
 from pixelllm.templates import ANSWER
 from pixelllm.training.loop import train
@@ -104,7 +105,7 @@ def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig
     return replace(
         recipe,
         model=model,
-        sources=tuple(s for s in recipe.sources if s.task == "referring"),
+        sources=(LOCATED, SEGMENTED),
         start=PerceptionStart(clip=str(eyes)),
         train=replace(recipe.train, steps=options.steps, seed=seed, eval_every=options.steps),
     )

@@ -95,7 +95,7 @@ def scenes_clip() -> ClipPretraining:
 
 
 def scenes_perceptiongpt() -> PerceptionConfig:
-    """PerceptionGPT on scenes, two hours on a core."""
+    """PerceptionGPT on scenes, its trunk from random weights."""
     return PerceptionConfig(
         name="scenes-perceptiongpt",
         model=PerceptionModelConfig(

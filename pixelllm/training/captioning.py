@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.mixture import Mixture
 from pixelllm.models.prompt import init_from_sam
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import PUBLISHED, PixelLLM
 from pixelllm.shards import ShardedTable
@@ -86,12 +88,14 @@ def build_stage(
             scores |= {task + k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
         return {"loss": sum(scores.values()), **scores}
 
-    def export(folder: Path) -> None:
-        model.save_pretrained(folder)
-        samples = {records.source.task: sample_captions(records) for records in batches.sources}
-        write_text(folder / BASELINE_FILE, json.dumps(samples))
+    return Stage(model, batches, loss, validate, partial(export_run, model, batches))
 
-    return Stage(model, batches, loss, validate, export)
+
+def export_run(model: PixelLLM | PerceptionGPT, batches: Mixture, folder: Path) -> None:
+    """Save a finished model, and captions of its training data for trivial baselines."""
+    model.save_pretrained(folder)
+    samples = {records.source.task: sample_captions(records) for records in batches.sources}
+    write_text(folder / BASELINE_FILE, json.dumps(samples))
 
 
 def build_cache(

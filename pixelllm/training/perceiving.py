@@ -6,10 +6,9 @@ are, and the phrases of an image are the rounds of one conversation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from pixelllm.batches import TextLimits
 from pixelllm.box_text import LOCATIONS, spell
 from pixelllm.chats import PLAIN, ChatBatch, collate_chats, encode_chat
-from pixelllm.checkpoints import write_text
 from pixelllm.config import Source
 from pixelllm.conversations import converse
 from pixelllm.markers import add_markers
@@ -31,12 +29,7 @@ from pixelllm.shards import ShardedTable
 from pixelllm.sources import choose_phrases
 from pixelllm.squares import square_image
 from pixelllm.tables import Table
-from pixelllm.training.captioning import (
-    BASELINE_FILE,
-    build_tokenizer,
-    sample_captions,
-    scored_sources,
-)
+from pixelllm.training.captioning import build_tokenizer, export_run, scored_sources
 from pixelllm.training.loop import Stage
 from pixelllm.training.naming import load_clip_run
 from pixelllm.training.optimizer import freeze
@@ -155,12 +148,7 @@ def build_stage(
             scores |= {f"{source.task}_{name}": mean for name, mean in means.items() if mean}
         return {"loss": sum(scores.values()), **scores}
 
-    def export(folder: Path) -> None:
-        model.save_pretrained(folder)
-        samples = {records.source.task: sample_captions(records) for records in batches.sources}
-        write_text(folder / BASELINE_FILE, json.dumps(samples))
-
-    return Stage(model, batches, loss, validate, export)
+    return Stage(model, batches, loss, validate, partial(export_run, model, batches))
 
 
 def weighted(terms: dict[str, Tensor], loss: PerceptionLoss, source: Source) -> dict[str, Tensor]:
