@@ -47,6 +47,8 @@ class Chat:
         token_ids: with as many tokens for the image as the model sees.
         is_answer: for every token, whether the assistant says it.
         objects: one for every `<vis>` among the tokens.
+        branches: for every token, 0 for what all branches begin with, or the number of its own,
+            which sees no other (`share_image`).
     """
 
     id: str
@@ -54,6 +56,7 @@ class Chat:
     token_ids: list[int]
     is_answer: list[bool]
     objects: tuple[Referent, ...]
+    branches: list[int]
 
 
 class ChatBatch(NamedTuple):
@@ -73,7 +76,7 @@ class ChatBatch(NamedTuple):
 
     def to(self, device: torch.device) -> ChatBatch:
         tokens, objects = (
-            type(part)(*(tensor.to(device) for tensor in part))
+            type(part)(*(None if tensor is None else tensor.to(device) for tensor in part))
             for part in (self.tokens, self.objects)
         )
         return ChatBatch(tokens, objects, self.owner.to(device), self.ids)
@@ -114,7 +117,43 @@ def encode_chat(
         room = f"{max_tokens} tokens do not hold the image and the question"
         raise ValueError(f"{name}: {room} but {needed} hold it all; raise max_tokens")
     objects = conversation.objects[: (token_ids == ids.vis).sum()]
-    return Chat(name, conversation.size, token_ids.tolist(), is_answer.tolist(), objects)
+    branches = [0] * len(token_ids)
+    return Chat(name, conversation.size, token_ids.tolist(), is_answer.tolist(), objects, branches)
+
+
+def share_image(chats: Sequence[Chat], image_end: int, max_tokens: int) -> Chat:
+    """One text of the chats about an image: it once, then what remains of each as a branch.
+
+    The network reads every branch as if it stood behind the image alone, so that nothing but the
+    time differs from a text for each. Chats that find no room are left out, but never the first.
+
+    Args:
+        image_end: the token after which chats differ.
+        max_tokens: of the result.
+
+    Raises ValueError where the chats do not begin alike.
+    """
+    first = chats[0]
+    shared = first.token_ids.index(image_end) + 1
+    token_ids, is_answer = first.token_ids[:shared], first.is_answer[:shared]
+    branches, taken = [0] * shared, []
+    for chat in chats:
+        if chat.token_ids[:shared] != first.token_ids[:shared]:
+            raise ValueError(f"{chat.id} and {first.id} do not begin alike; put the image first")
+        if taken and len(token_ids) + len(chat.token_ids) - shared > max_tokens:
+            continue
+        taken.append(chat)
+        token_ids = token_ids + chat.token_ids[shared:]
+        is_answer = is_answer + chat.is_answer[shared:]
+        branches += [len(taken)] * (len(chat.token_ids) - shared)
+    return Chat(
+        "+".join(chat.id for chat in taken),
+        first.size,
+        token_ids,
+        is_answer,
+        tuple(referent for chat in taken for referent in chat.objects),
+        branches,
+    )
 
 
 def _tokenize(
@@ -191,15 +230,17 @@ def collate_chats(
     length = max(len(chat.token_ids) for chat in chats)
     token_ids = torch.full((len(chats), length), tokenizer.pad_token_id)
     padding, is_answer = torch.ones_like(token_ids).bool(), torch.zeros_like(token_ids).bool()
+    branches = torch.zeros_like(token_ids)
     for row, chat in enumerate(chats):
         start = length - len(chat.token_ids) if pad_left else 0
         filled = slice(start, start + len(chat.token_ids))
         token_ids[row, filled] = torch.tensor(chat.token_ids)
         is_answer[row, filled] = torch.tensor(chat.is_answer)
+        branches[row, filled] = torch.tensor(chat.branches)
         padding[row, filled] = False
     owner = [row for row, chat in enumerate(chats) for _ in chat.objects]
     return ChatBatch(
-        Tokens(token_ids, padding, is_answer),
+        Tokens(token_ids, padding, is_answer, branches if branches.any() else None),
         _collate_objects([(c.size, found) for c in chats for found in c.objects], mask_side),
         torch.tensor(owner, dtype=torch.long),
         tuple(chat.id for chat in chats),

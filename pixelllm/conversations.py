@@ -2,7 +2,6 @@
 
 Reference of PerceptionGPT, sections 1.5 and 5.2. A phrase is one round: its context, a template
 already filled in (`pixelllm.templates`), is what the user says, and its task decides the answer.
-Several phrases of an image are the rounds of one conversation, which shows the image once.
 """
 
 from __future__ import annotations
@@ -53,8 +52,10 @@ class Conversation:
         return replace(self, rounds=rounds, objects=self.objects[:kept])
 
 
-def converse(item: Prompted, segment: bool = True) -> Conversation:
-    """The conversation about the chosen phrases of a record.
+def converse(item: Prompted, segment: bool = True) -> list[Conversation]:
+    """A conversation about each of the chosen phrases of a record.
+
+    Where there are several, all begin with the image, which they can share (`chats.share_image`).
 
     Args:
         segment: answer with the masks of objects, where they are known, beside their boxes.
@@ -62,18 +63,17 @@ def converse(item: Prompted, segment: bool = True) -> Conversation:
     Raises ValueError naming the phrase where a question or an answer needs a box it lacks, or
     its mask is of another size than the image.
     """
-    rounds, objects = [], []
+    size, found = item.record.size, []
     for phrase, question in zip(item.phrases, item.contexts, strict=True):
-        if rounds:
-            question = question.replace(IMAGE, "").strip()
-        answer, answered = _answer(phrase, segment)
-        if phrase.mask is not None and tuple(phrase.mask["size"]) != item.record.size:
-            sizes = f"{phrase.mask['size']}, but the image is (H, W) {item.record.size}"
+        if len(item.phrases) > 1:
+            question = f"{IMAGE} {question.replace(IMAGE, '').strip()}"
+        if phrase.mask is not None and tuple(phrase.mask["size"]) != size:
+            sizes = f"{phrase.mask['size']}, but the image is (H, W) {size}"
             raise ValueError(f"{phrase.id}: its mask is {sizes}; was one of them resized?")
-        objects += _asked_about(phrase, question) + answered
-        rounds.append((question, answer))
-    names = "+".join(phrase.id for phrase in item.phrases)
-    return Conversation(names, item.record.size, tuple(rounds), tuple(objects))
+        answer, answered = _answer(phrase, segment)
+        objects = (*_asked_about(phrase, question), *answered)
+        found.append(Conversation(phrase.id, size, ((question, answer),), objects))
+    return found
 
 
 def _asked_about(phrase: Phrase, question: str) -> list[Referent]:

@@ -21,6 +21,7 @@ from pixelllm.chats import (
     decode_answer,
     encode_chat,
     render,
+    share_image,
 )
 from pixelllm.conversations import Conversation, Referent, converse
 from pixelllm.markers import add_markers, marker_ids
@@ -205,6 +206,50 @@ def test_batches_are_padded_on_either_side(tokenizer):
     assert right.ids == ("talk/1", "talk/1")
 
 
+def describe(name: str, box: Referent, answer: str) -> Conversation:
+    return Conversation(name, (40, 80), ((f"<image> What is{OBJECT}?", answer),), (box,))
+
+
+def test_chats_share_an_image_and_are_branches_behind_it(tokenizer):
+    found = [
+        describe("talk/7", TALK.objects[0], "a red car"),
+        describe("talk/8", TALK.objects[1], "a tree"),
+    ]
+    first, second = (encode(tokenizer, talk) for talk in found)
+    image_end = marker_ids(tokenizer).image_end
+    shared = first.token_ids.index(image_end) + 1
+    chat = share_image([first, second], image_end, 1000)
+    for branch, alone in ((1, first), (2, second)):
+        seen = [own in (0, branch) for own in chat.branches]
+        assert [
+            t for t, is_seen in zip(chat.token_ids, seen, strict=True) if is_seen
+        ] == alone.token_ids
+        assert [
+            a for a, is_seen in zip(chat.is_answer, seen, strict=True) if is_seen
+        ] == alone.is_answer
+    assert chat.branches.count(0) == shared and chat.branches == sorted(chat.branches)
+    assert chat.objects == (*first.objects, *second.objects) and chat.id == "talk/7+talk/8"
+    padded = collate_chats([chat, first], tokenizer).tokens
+    assert padded.branches[0].tolist() == chat.branches and not padded.branches[1].any()
+    assert collate_chats([first, second], tokenizer).tokens.branches is None
+
+
+def test_a_chat_that_finds_no_room_behind_the_image_is_left_out(tokenizer):
+    talks = [describe(f"talk/{i}", TALK.objects[0], "a tree" + " a car" * i) for i in (0, 9, 1)]
+    chats = [encode(tokenizer, talk) for talk in talks]
+    image_end = marker_ids(tokenizer).image_end
+    room = len(share_image([chats[0], chats[2]], image_end, 1000).token_ids)
+    assert share_image(chats, image_end, room).id == "talk/0+talk/1"
+    assert share_image(chats, image_end, 1).token_ids == chats[0].token_ids
+
+
+def test_chats_that_begin_differently_do_not_share_an_image(tokenizer):
+    other = Conversation("talk/9", (40, 80), (("What is it? <image>", "a tree"),), ())
+    chats = [encode(tokenizer, TALK), encode(tokenizer, other)]
+    with pytest.raises(ValueError, match="talk/9 and talk/1 do not begin alike; put the image"):
+        share_image(chats, marker_ids(tokenizer).image_end, 1000)
+
+
 def test_boxes_and_masks_are_in_the_padded_square_with_their_owners(tokenizer):
     """The image is twice as wide as high: y runs from a quarter to three quarters."""
     mask = np.zeros((40, 80), dtype=bool)
@@ -261,14 +306,15 @@ def test_scenes_of_every_task_become_chats(tmp_path: Path):
         "grounded": templates.GROUND, "question": templates.SHORT_ANSWER,
     }  # fmt: skip
     tokenizer = word_tokenizer()
-    vis, chats = add_markers(tokenizer).vis, []
+    markers, chats = add_markers(tokenizer), []
     for task, contexts in wordings.items():
         for record in Table(tmp_path / task):
             filled = tuple(fill(contexts[-1], phrase) for phrase in record.phrases)
-            talk = converse(Prompted(record, record.phrases, filled))
-            chats.append(encode_chat(talk, tokenizer, num_patches=4, max_tokens=2000))
+            talks = converse(Prompted(record, record.phrases, filled))
+            branches = [encode_chat(talk, tokenizer, 4, max_tokens=2000) for talk in talks]
+            chats.append(share_image(branches, markers.image_end, 2000))
     batch = collate_chats(chats, tokenizer, mask_side=32)
-    is_vis = batch.tokens.token_ids == vis
+    is_vis = batch.tokens.token_ids == markers.vis
     is_answer = is_vis & batch.tokens.is_answer
     objects = [len(chat.objects) for chat in chats]
     referring, regions, grounded, questions = (slice(n, n + 4) for n in (0, 4, 8, 12))

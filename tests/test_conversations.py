@@ -8,7 +8,7 @@ import pytest
 
 from pixelllm import templates
 from pixelllm.batches import Prompted, fill
-from pixelllm.conversations import Referent, converse
+from pixelllm.conversations import Conversation, Referent, converse
 from pixelllm.marked_text import VIS, parse_marked
 from pixelllm.records import Phrase, Piece, Record
 
@@ -36,7 +36,7 @@ def prompted(*pairs: tuple[Phrase, str]) -> Prompted:
 @pytest.mark.parametrize(("phrase", "wordings"), BY_TASK)
 def test_every_wording_shows_one_image_and_has_an_object_for_every_vis(phrase, wordings):
     for template in wordings:
-        talk = converse(prompted((phrase, template)))
+        (talk,) = converse(prompted((phrase, template)))
         ((question, answer),) = talk.rounds
         assert question.count("<image>") == 1 and phrase.context in question
         assert "{" not in question and answer and talk.size == (4, 6)
@@ -51,7 +51,7 @@ def test_wordings_are_several_and_none_twice():
 
 
 def test_referring_is_answered_with_box_and_mask():
-    talk = converse(prompted((REFERRING, templates.LOCATE[0])))
+    (talk,) = converse(prompted((REFERRING, templates.LOCATE[0])))
     assert talk.rounds == (
         (
             "<image> Where is<obj_text_s> the car<obj_text_e>?",
@@ -62,7 +62,7 @@ def test_referring_is_answered_with_box_and_mask():
 
 
 def test_a_region_is_asked_about_by_its_object():
-    talk = converse(prompted((REGION, templates.DESCRIBE[0])))
+    (talk,) = converse(prompted((REGION, templates.DESCRIBE[0])))
     assert talk.rounds == (("<image> Describe<obj_vis_s><vis><obj_vis_e>.", "a red car"),)
     assert talk.objects == (Referent(BOX, MASK),)
 
@@ -70,41 +70,33 @@ def test_a_region_is_asked_about_by_its_object():
 def test_objects_of_the_question_come_before_those_of_the_answer():
     """A mask is asked for by a box (reference, section 5.4)."""
     other = replace(REFERRING, prompt_box=(0.0, 0.0, 1.0, 1.0), mask=None)
-    talk = converse(prompted((other, "<image> Segment<obj_vis_s><vis><obj_vis_e>.")))
+    (talk,) = converse(prompted((other, "<image> Segment<obj_vis_s><vis><obj_vis_e>.")))
     assert [found.box for found in talk.objects] == [(0.0, 0.0, 1.0, 1.0), BOX]
 
 
 def test_a_grounded_caption_marks_its_phrases():
-    talk = converse(prompted((GROUNDED, templates.GROUND[0])))
+    (talk,) = converse(prompted((GROUNDED, templates.GROUND[0])))
     assert talk.rounds[0][1] == "<obj_text_s>A car<obj_text_e><obj_vis_s><vis><obj_vis_e>."
     assert talk.objects == (Referent(BOX),)
 
 
-def test_several_phrases_are_rounds_that_show_the_image_once():
-    other = replace(GROUNDED, pieces=(Piece(0, 5, None, (0.5, 0.5, 1.0, 1.0)),))
-    talk = converse(
-        prompted(
-            (QUESTION, templates.CONVERSE[1]),
-            (REGION, templates.DESCRIBE[1]),
-            (other, templates.GROUND[0]),
-        )
-    )
-    questions = [question for question, _ in talk.rounds]
-    assert questions[0] == "What color is it? <image>"
-    assert questions[1:] == [
-        "What is<obj_vis_s><vis><obj_vis_e>?",
-        templates.GROUND[0].removeprefix("<image> "),
-    ]
-    assert [r.box for r in talk.objects] == [BOX, (0.5, 0.5, 1.0, 1.0)]
-    assert talk.id == "question/5+region/2+grounded/3"
+def test_several_phrases_are_conversations_that_all_begin_with_the_image():
+    pairs = ((QUESTION, templates.CONVERSE[1]), (REGION, templates.DESCRIBE[1]))
+    asked, described = converse(prompted(*pairs))
+    assert asked.rounds == (("<image> What color is it?", "red"),)
+    assert described.rounds == (("<image> What is<obj_vis_s><vis><obj_vis_e>?", "a red car"),)
+    assert asked.objects == () and [found.box for found in described.objects] == [BOX]
+    assert (asked.id, described.id) == ("question/5", "region/2")
+    (alone,) = converse(prompted(pairs[0]))
+    assert alone.rounds[0][0] == "What color is it? <image>"
 
 
 def test_without_its_last_answer_a_conversation_keeps_what_was_said_before():
-    pairs = ((REFERRING, templates.LOCATE[0]), (REGION, "at<vis>?"), (GROUNDED, "Caption."))
-    talk = converse(prompted(*pairs))
-    asked = talk.unanswered()
-    assert asked.rounds[:2] == talk.rounds[:2] and asked.rounds[2] == ("Caption.", "")
-    assert len(talk.objects) == 3 and asked.objects == talk.objects[:2]
+    objects = (Referent(BOX), Referent(BOX, MASK), Referent((0.0, 0.0, 1.0, 1.0)))
+    rounds = (("<image> Find it.", "Answer:<vis>."), ("What is<vis>?", "a car beside<vis>"))
+    asked = Conversation("talk/1", (4, 6), rounds, objects).unanswered()
+    assert asked.rounds == (rounds[0], ("What is<vis>?", ""))
+    assert asked.objects == objects[:2]
 
 
 @pytest.mark.parametrize(

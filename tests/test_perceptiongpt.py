@@ -161,6 +161,36 @@ def test_texts_of_one_image_share_it(
         assert_close(found, expected)
 
 
+def test_branches_are_read_as_texts_of_their_own(
+    network: PerceptionGPTNetwork, images: Tensor, generator: torch.Generator
+):
+    """Among them one that is shorter, and padding on either side."""
+    objects, shared = objects_of(5, generator), [BOS, *IMAGE]
+    rows = [LOCATE, WORDS, DESCRIBE, ROUND]
+    rests = [(question[len(shared) :], answer) for question, answer in rows]
+    apart = network(images[[0, 0, 0, 1]], batch_of(rows), objects)
+    tokens = batch_of(
+        [(shared, [t for question, answer in rests[:3] for t in question + answer]), rows[3]]
+    )
+    is_answer, branches = torch.zeros_like(tokens.is_answer), torch.zeros_like(tokens.token_ids)
+    place = len(shared)
+    for branch, (question, answer) in enumerate(rests[:3], start=1):
+        end = place + len(question) + len(answer)
+        branches[0, place:end], is_answer[0, end - len(answer) : end] = branch, True
+        place = end
+    is_answer[1] = tokens.is_answer[1]
+    branched = tokens._replace(is_answer=is_answer, branches=branches)
+    for pad in ((0, 0), (0, 2), (2, 0)):
+        padded = Tokens(
+            nn.functional.pad(tokens.token_ids, pad, value=PAD),
+            nn.functional.pad(tokens.padding, pad, value=True),
+            *(nn.functional.pad(part, pad) for part in branched[2:]),
+        )
+        found = network(images[:2], padded, objects)
+        for part in ("logits", "boxes", "masks"):
+            assert_close(getattr(found, part), getattr(apart, part))
+
+
 def test_padding_changes_nothing(
     network: PerceptionGPTNetwork, images: Tensor, generator: torch.Generator
 ):

@@ -215,15 +215,20 @@ class DecoderOnlyLanguage(TransformersLanguage):
         Args:
             inputs: float[R, T, D].
             valid: bool[R, S], of the whole sequence; what is not is neither seen nor counted.
+                Or bool[R, S, S], what each place sees, itself the last.
 
         Returns:
             float[R, T, D].
         """
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        if valid.ndim == 3:
+            positions, mask = valid.sum(2) - 1, torch.zeros_like(valid, dtype=inputs.dtype)
+            mask = mask.masked_fill(~valid, torch.finfo(inputs.dtype).min)[:, None]
+        else:
+            positions, mask = valid.cumsum(1) - 1, valid.long()
         return self.model.base_model(
             inputs_embeds=inputs,
-            attention_mask=valid.long(),
-            position_ids=positions[:, -inputs.shape[1] :],
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0)[:, -inputs.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state

@@ -31,12 +31,15 @@ PLACE_CHANNELS = 64
 class Tokens(NamedTuple):
     """R texts, padded on either side: `token_ids` int64, `padding` and `is_answer` bool[R, T].
 
-    `is_answer` marks what the model is to write, the end token included; never a first token.
+    `is_answer` marks what the model is to write, the end token included; never a first token, nor
+    that of a branch. `branches` int64[R, T], where a text has several: 0 for what they have in
+    common at its start, or the number of the branch, which sees this start and itself alone.
     """
 
     token_ids: Tensor
     padding: Tensor
     is_answer: Tensor
+    branches: Tensor | None = None
 
 
 class Objects(NamedTuple):
@@ -135,7 +138,7 @@ class PerceptionGPTNetwork(nn.Module):
         has_mask = objects.has_mask[is_target]
         views = self.view(images, fine=bool(has_mask.any()))
         inputs = self.embed(tokens.token_ids, views, objects)
-        hidden = self.language.read(inputs, ~tokens.padding)  # (R, T, D)
+        hidden = self.language.read(inputs, what_is_seen(tokens))  # (R, T, D)
         row, place = tokens.is_answer.nonzero(as_tuple=True)
         states = hidden[row, place - 1]  # (A, D), each before the token that it predicts
         is_vis = tokens.token_ids[row, place] == self.markers.vis
@@ -188,6 +191,14 @@ class PerceptionGPTNetwork(nn.Module):
             encoded = self.mask_encoder(masks).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(objects.by_mask[:, None], encoded)
         return embeddings
+
+
+def what_is_seen(tokens: Tokens) -> Tensor:
+    """What the trunk reads of the texts: bool[R, T], or by token bool[R, T, T] if they branch."""
+    if tokens.branches is None:
+        return ~tokens.padding
+    reader, read = tokens.branches[:, :, None], tokens.branches[:, None]
+    return (~tokens.padding[:, None] & ((read == reader) | (read == 0))).tril()
 
 
 def draw_by_mask(read: VisInput, has_mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """PerceptionGPT's stage: it learns to answer, with boxes and masks, from a mixture of sources.
 
 Reference of PerceptionGPT, sections 4 to 6. Differences: tasks are mixed by batch as PixelLLM's
-are, and the phrases of an image are the rounds of one conversation.
+are, and the phrases of an image share its visual tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pixelllm.batches import TextLimits
+from pixelllm.batches import Prompted, TextLimits
 from pixelllm.box_text import LOCATIONS, spell
-from pixelllm.chats import PLAIN, ChatBatch, collate_chats, encode_chat
+from pixelllm.chats import PLAIN, Chat, ChatBatch, collate_chats, encode_chat, share_image
 from pixelllm.config import Source
 from pixelllm.conversations import converse
-from pixelllm.markers import add_markers
+from pixelllm.markers import add_markers, marker_ids
 from pixelllm.mixture import Mixture
 from pixelllm.models.perceptiongpt import draw_by_mask
 from pixelllm.perceiving import PUBLISHED, PerceptionGPT
@@ -97,15 +97,18 @@ class ChatMixture(Mixture):
         rng = np.random.default_rng([self.seed, 1, step])
         drawn = records.batch(step, int(self.turns[step]))
         chosen = [choose_phrases(records.source, record, rng) for record in drawn]
-        max_tokens = self.limits.max_tokens
-        segment = records.source.mask_weight > 0
-        spoken = [spell(converse(item, segment), self.vis.form) for item in chosen]
-        chats = [encode_chat(c, self.tokenizer, self.num_patches, max_tokens) for c in spoken]
+        chats = [self._chat(item, records.source.mask_weight > 0) for item in chosen]
         images = torch.stack(
             [square_image(open_record_image(record), self.frame) for record in drawn]
         )
         batch = collate_chats(chats, self.tokenizer, mask_side=self.vis.mask_size)
         return PerceptionBatch(images, batch, records.source)
+
+    def _chat(self, item: Prompted, segment: bool) -> Chat:
+        max_tokens, facts = self.limits.max_tokens, (self.tokenizer, self.num_patches)
+        spoken = [spell(talk, self.vis.form) for talk in converse(item, segment)]
+        chats = [encode_chat(talk, *facts, max_tokens) for talk in spoken]
+        return share_image(chats, marker_ids(self.tokenizer).image_end, max_tokens)
 
 
 def build_stage(
