@@ -90,7 +90,7 @@ class PerceptionConfig:
     """One training run of PerceptionGPT.
 
     Of the sources, tasks, shares, wordings (`contexts`), phrases per image and the weights of text,
-    boxes ("point") and masks count; the phrases of an image are the rounds of one conversation.
+    boxes ("point") and masks count; the phrases of an image share it (`chats.share_image`).
     """
 
     name: str

@@ -36,21 +36,15 @@ DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
 GROUNDED = Source("grounded", contexts=templates.GROUND)
 ASKED = Source("question", phrases_per_image=8, contexts=templates.SHORT_ANSWER)
 LOCATED = Source("referring", weight=2, phrases_per_image=8, contexts=templates.LOCATE)
-# A mask takes as long to learn from as all the rest of a conversation: fewer are asked for.
-SEGMENTED = Source("referring", phrases_per_image=2, contexts=templates.SEGMENT, mask_weight=2.0)
-
-
-def words_then_places(share: float) -> tuple[Source, ...]:
-    """Words alone until `share` of the training, then all tasks.
-
-    As long as the trunk does not know the names, boxes teach it nothing but their mean.
-    """
-    words = (DESCRIBED, replace(GROUNDED, point_weight=0.0), ASKED)
-    tasks = (DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED)
-    return (
-        *(replace(source, window=(0.0, share)) for source in words),
-        *(replace(source, window=(share, 1.0)) for source in tasks),
-    )
+# A mask takes as long to learn from as all the rest of a conversation: fewer are asked for, and
+# none as long as the objects are not found.
+SEGMENTED = Source(
+    "referring",
+    phrases_per_image=2,
+    contexts=templates.SEGMENT,
+    mask_weight=2.0,
+    window=(0.2, 1.0),
+)
 
 
 def perceptiongpt_7b() -> PerceptionConfig:
@@ -118,7 +112,7 @@ def scenes_perceptiongpt() -> PerceptionConfig:
             ),
         ),
         start=PerceptionStart(clip="runs/scenes-clip"),
-        sources=words_then_places(0.25),
+        sources=(DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED),
         loss=PerceptionLoss(l1=10.0),
         train=TrainConfig(
             steps=8000,

@@ -275,6 +275,7 @@ def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:
         num_attention_heads=config.num_heads,
         # At the usual 0.02 a narrow model begins by attending to everything alike.
         initializer_range=config.width**-0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # hundreds of visual tokens
         tie_word_embeddings=True,  # what is seen of a thing and its name meet in one space
         pad_token_id=ids.pad_id,
         bos_token_id=ids.bos_id,
