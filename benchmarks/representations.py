@@ -4,10 +4,11 @@
 
 One `<vis>` embedding a box, numbers in the text (Shikra) or location tokens (Kosmos-2), and `<vis>`
 over the last layer alone instead of the sum of all: each is scenes-perceptiongpt trained on the
-referring expressions of a table, with the same steps and batches, once for every seed. Scored are
-all expressions of the validation table: boxes in the text as they are written, those of `<vis>`
-where the answer has it, as `eval.py` does. Times are those of the process, on one thread, whole
-answers written. Runs that are finished are not repeated, so the script can be interrupted.
+regions of a table in both directions, from the box to the phrase and from the phrase to the box,
+with the same steps and batches, once for every seed. Scored as `eval.py` does: boxes in the text as
+they are written, those of `<vis>` where the answer has it. Times are those of the process, on one
+thread, whole answers written. Runs that are finished are not repeated, so the script can be
+interrupted.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from data.scene_expressions import parse_region
 from pixelllm.box_text import spell
 from pixelllm.conversations import Conversation, Referent
+from pixelllm.evaluation.boxes import evaluate_regions
 from pixelllm.evaluation.expressions import evaluate_expressions
 from pixelllm.evaluation.report import Limits
 from pixelllm.files import write_text
 from pixelllm.marked_text import VIS_END, VIS_START
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.perception_config import BoxForm, PerceptionConfig, PerceptionStart
-from pixelllm.perception_recipes import LOCATED, SEGMENTED, scenes_perceptiongpt
-from pixelllm.tables import Table
+from pixelllm.perception_recipes import DESCRIBED, LOCATED, scenes_perceptiongpt
+from pixelllm.records import Record
+from pixelllm.tables import Table, write_table
 from pixelllm.templates import ANSWER
 from pixelllm.training.loop import train
 from pixelllm.training.perceiving import build_stage
@@ -48,13 +52,15 @@ class Options:
     """What is trained.
 
     Args:
-        data, val: tables of referring expressions with masks.
+        data, val: tables of scenes' regions.
         clip: a run of scenes-clip.
         last_layer_clip: the same with --clip.no-fuse-layers; without it, that variant is left out.
         out: folder of the runs, the figures and the plot.
         steps: of each run.
         seeds: runs of each variant.
-        timed: expressions whose answers are timed, one by one.
+        limit: regions of the validation table that are scored.
+        timed: answers that are timed, one by one.
+        only: the variants that are trained, by their places in the table; all of them by default.
     """
 
     data: Path
@@ -62,9 +68,11 @@ class Options:
     clip: Path
     last_layer_clip: Path | None = None
     out: Path = Path("runs/representations")
-    steps: int = 1500
+    steps: int = 1000
     seeds: int = 3
+    limit: int = 1000
     timed: int = 50
+    only: tuple[int, ...] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -84,17 +92,34 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one run: scores of boxes and masks, tokens and milliseconds a box."""
+    """Of one run: the share of phrases located with an IoU above 0.5, their mean IoU, the share of
+    boxes described with all attributes right, tokens and milliseconds a box."""
 
     precision: float
     mean_iou: float
+    described: float
     tokens_per_box: float
     ms_per_box: float
-    ciou: float | None
+
+
+def both_ways(regions: Path, out: Path) -> Table:
+    """The table with every region as a phrase to locate beside the box to describe."""
+    if not out.exists():
+        write_table(map(_with_expressions, Table(regions)), out, {"files": []})
+    return Table(out)
+
+
+def _with_expressions(record: Record) -> Record:
+    asked = [
+        replace(p, id=f"referring/{p.id}", task="referring", context=p.caption, prompt_box=None,
+                target_box=p.prompt_box)
+        for p in record.phrases
+    ]  # fmt: skip
+    return replace(record, phrases=(*record.phrases, *asked))
 
 
 def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig:
-    """The recipe for expressions alone."""
+    """The recipe for regions and what they are called alone."""
     recipe = scenes_perceptiongpt()
     model = replace(
         recipe.model,
@@ -105,7 +130,7 @@ def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig
     return replace(
         recipe,
         model=model,
-        sources=(LOCATED, SEGMENTED),
+        sources=(DESCRIBED, replace(LOCATED, weight=1)),
         start=PerceptionStart(clip=str(eyes)),
         train=replace(recipe.train, steps=options.steps, seed=seed, eval_every=options.steps),
     )
@@ -115,26 +140,30 @@ def run(variant: Variant, seed: int, options: Options) -> Figures:
     """Train and score, unless that is done."""
     folder = options.out / f"{re.sub('[^a-z]+', '-', variant.name).strip('-')}-{seed}"
     figures = folder / "figures.json"
-    val = Table(options.val)
     if not figures.exists():
         config = configure(variant, seed, options)
         torch.manual_seed(seed)
-        stage = build_stage(config, [Table(options.data)], [val], torch.device("cpu"))
+        tables = [
+            both_ways(regions, options.out / name)
+            for regions, name in ((options.data, "train"), (options.val, "val"))
+        ]
+        stage = build_stage(config, tables[:1], tables[1:], torch.device("cpu"))
         train(stage, config.train, folder, resume=(folder / "checkpoints").exists())
         model = PerceptionGPT.from_pretrained(folder)
-        write_text(figures, json.dumps(asdict(score(model, val, options.timed))))
+        write_text(figures, json.dumps(asdict(score(model, tables[1], options))))
     return Figures(**json.loads(figures.read_text()))
 
 
-def score(model: PerceptionGPT, val: Table, timed: int) -> Figures:
-    has_masks = model.config.model.vis.form == "vis"
-    metrics = evaluate_expressions(model, val, Limits(), {}, with_masks=has_masks).metrics
+def score(model: PerceptionGPT, val: Table, options: Options) -> Figures:
+    limits = Limits(options.limit)
+    located = evaluate_expressions(model, val, limits, {}).metrics
+    described = evaluate_regions(model, val, limits, [], parse_region).metrics
     return Figures(
-        metrics["box_precision"],
-        metrics["box_iou"],
+        located["box_precision"],
+        located["box_iou"],
+        described["all_attributes_right"],
         tokens_per_box(model),
-        ms_per_box(model, val, timed),
-        metrics.get("mask_ciou"),
+        ms_per_box(model, val, options.timed),
     )
 
 
@@ -175,15 +204,14 @@ def spread(values: list[float]) -> str:
 def table(found: dict[str, list[Figures]]) -> str:
     """Means over seeds and their standard deviation, as Markdown."""
     lines = [
-        "| | P@0.5 | mean IoU | cIoU of masks | tokens a box | ms a box |",
+        "| | located, P@0.5 | mean IoU | described, all right | tokens a box | ms a box |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in found.items():
-        masks = [r.ciou for r in runs if r.ciou is not None]
         cells = [
             spread([r.precision for r in runs]),
             spread([r.mean_iou for r in runs]),
-            spread(masks) if masks else "–",
+            spread([r.described for r in runs]),
             f"{mean(r.tokens_per_box for r in runs):.0f}",
             f"{mean(r.ms_per_box for r in runs):.0f}",
         ]
@@ -206,7 +234,8 @@ def plot(found: dict[str, list[Figures]], file: Path) -> None:
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    variants = [v for v in VARIANTS if v.fuse_layers or options.last_layer_clip]
+    variants = [VARIANTS[i] for i in options.only]
+    variants = [v for v in variants if v.fuse_layers or options.last_layer_clip]
     found: dict[str, list[Figures]] = {variant.name: [] for variant in variants}
     turns = [(seed, variant) for seed in range(options.seeds) for variant in variants]
     for seed, variant in tqdm(turns, desc="runs", unit="run"):
