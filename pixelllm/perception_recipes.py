@@ -35,7 +35,7 @@ TINY_CLIP = ClipConfig(
 DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
 GROUNDED = Source("grounded", contexts=templates.GROUND)
 ASKED = Source("question", phrases_per_image=8, contexts=templates.SHORT_ANSWER)
-LOCATED = Source("referring", weight=2, phrases_per_image=8, contexts=templates.LOCATE)
+LOCATED = Source("referring", weight=3, phrases_per_image=8, contexts=templates.LOCATE)
 # A mask takes as long to learn from as all the rest of a conversation: fewer are asked for, and
 # none as long as the objects are not found.
 SEGMENTED = Source(
@@ -84,7 +84,7 @@ def perceptiongpt_smollm2() -> PerceptionConfig:
 
 def scenes_clip() -> ClipPretraining:
     """A small CLIP that names the objects of scenes: scenes-perceptiongpt's eyes."""
-    train = replace(TINY_PRETRAINING, steps=2000)
+    train = replace(TINY_PRETRAINING, steps=6000)
     return ClipPretraining(name="scenes-clip", frame=160, clip=TINY_CLIP, train=train)
 
 
