@@ -68,7 +68,7 @@ class Options:
     clip: Path
     last_layer_clip: Path | None = None
     out: Path = Path("runs/representations")
-    steps: int = 1000
+    steps: int = 2000
     seeds: int = 3
     limit: int = 1000
     timed: int = 50
@@ -130,7 +130,7 @@ def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig
     return replace(
         recipe,
         model=model,
-        sources=(DESCRIBED, replace(LOCATED, weight=1)),
+        sources=(DESCRIBED, replace(LOCATED, weight=2)),
         start=PerceptionStart(clip=str(eyes)),
         train=replace(recipe.train, steps=options.steps, seed=seed, eval_every=options.steps),
     )
