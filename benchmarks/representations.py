@@ -68,7 +68,7 @@ class Options:
     clip: Path
     last_layer_clip: Path | None = None
     out: Path = Path("runs/representations")
-    steps: int = 2000
+    steps: int = 1000
     seeds: int = 3
     limit: int = 1000
     timed: int = 50

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -222,18 +223,23 @@ def collate_chats(
     mask_side: int = 256,
     pad_left: bool = False,
 ) -> ChatBatch:
-    """Pad chats to one length: on the right for training, on the left for generation.
+    """Pad chats to one length: on the right for training, further left for generation.
 
     Args:
         mask_side: S of the masks, which the network's mask encoder is made for.
+        pad_left: pad where the chats begin to differ, so that all end at the same place and what
+            they have in common stays side by side.
     """
-    length = max(len(chat.token_ids) for chat in chats)
+    lengths = [len(chat.token_ids) for chat in chats]
+    length = max(lengths)
+    in_common = len(commonprefix([chat.token_ids for chat in chats]))
     token_ids = torch.full((len(chats), length), tokenizer.pad_token_id)
     padding, is_answer = torch.ones_like(token_ids).bool(), torch.zeros_like(token_ids).bool()
     branches = torch.zeros_like(token_ids)
     for row, chat in enumerate(chats):
-        start = length - len(chat.token_ids) if pad_left else 0
-        filled = slice(start, start + len(chat.token_ids))
+        pad_at = min(in_common, min(lengths) - 1) if pad_left else lengths[row]
+        filled = torch.ones(length, dtype=torch.bool)
+        filled[pad_at : pad_at + length - lengths[row]] = False
         token_ids[row, filled] = torch.tensor(chat.token_ids)
         is_answer[row, filled] = torch.tensor(chat.is_answer)
         branches[row, filled] = torch.tensor(chat.branches)

@@ -126,6 +126,34 @@ def test_a_prompt_is_answered_as_if_it_were_alone(
     assert_close(together.log_probs[3, :T], alone.log_probs[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_what_prompts_of_an_image_share_is_read_once(
+    network: PerceptionGPTNetwork, images: Tensor, options: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """Prompts that are padded where they begin to differ, and ones padded on the far left."""
+    read, sizes = network.language.read, []
+
+    def watched(inputs: Tensor, valid: Tensor, *cache) -> Tensor:
+        sizes.append(inputs.shape[:2])
+        return read(inputs, valid, *cache)
+
+    monkeypatch.setattr(network.language, "read", watched)
+    token_ids, padding = left_padded(list(PROMPTS))
+    begin, length = len(IMAGE) + 1, token_ids.shape[1]
+    for row, ids in enumerate(PROMPTS):
+        gap = length - len(ids)
+        token_ids[row] = torch.tensor(ids[:begin] + [PAD] * gap + ids[begin:])
+        padding[row] = torch.tensor([begin <= n < begin + gap for n in range(length)])
+    boxes = Objects.of_boxes(PROMPT_BOXES)
+    given = {"max_new_tokens": 12} | options
+    shared = write_answers(network, images[:2], token_ids, padding, boxes, **given)
+    assert sizes[:2] == [(2, begin), (4, length - begin)]
+    sizes.clear()
+    apart = write_answers(network, images[:2], *left_padded(list(PROMPTS)), boxes, **given)
+    assert sizes[0] == (4, length)
+    assert_same(shared, apart)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_answers_are_those_of_a_parallel_pass(
     network: PerceptionGPTNetwork, images: Tensor, num_beams: int
@@ -186,7 +214,7 @@ def test_prompts_padded_on_the_right_are_refused(network: PerceptionGPTNetwork, 
         nn.functional.pad(token_ids, (0, 1)),
         nn.functional.pad(padding, (0, 1), value=True),
     )
-    with pytest.raises(ValueError, match="padded on the left"):
+    with pytest.raises(ValueError, match="this one in padding: pad it left"):
         none = Objects.of_boxes(torch.zeros(0, 4))
         write_answers(network, images[:1], token_ids, padding, none, max_new_tokens=2)
 

