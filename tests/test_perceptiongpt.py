@@ -161,10 +161,12 @@ def test_texts_of_one_image_share_it(
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_branches_are_read_as_texts_of_their_own(
-    network: PerceptionGPTNetwork, images: Tensor, generator: torch.Generator
+    network: PerceptionGPTNetwork, images: Tensor, generator: torch.Generator, attention: str
 ):
-    """Among them one that is shorter, and padding on either side."""
+    """Beside a text without any, and with padding on either side."""
+    network.language.model.set_attn_implementation(attention)
     objects, shared = objects_of(5, generator), [BOS, *IMAGE]
     rows = [LOCATE, WORDS, DESCRIBE, ROUND]
     rests = [(question[len(shared) :], answer) for question, answer in rows]
