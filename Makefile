@@ -128,8 +128,9 @@ $(BIG)/grounded_%/records.arrow: $(BIG)/scenes/scenes.json
 $(BIG)/questions_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.llava $(ANNOTATIONS)/llava_$*.json --images $(BIG)/scenes --out $(@D)
 
-runs/scenes-clip/model.safetensors: $(DATA)/busy_train/records.arrow $(DATA)/busy_val/records.arrow
-	$(PY) train.py scenes-clip --data $(DATA)/busy_train --val $(DATA)/busy_val \
+runs/scenes-clip/model.safetensors: $(BIG)/objects_train/records.arrow \
+    $(BIG)/objects_val/records.arrow
+	$(PY) train.py scenes-clip --data $(BIG)/objects_train --val $(BIG)/objects_val \
 	    --out $(@D) --resume
 
 CHAT_TABLES := referring regions grounded questions
