@@ -121,6 +121,10 @@ joint: runs/joint-refseg/model.safetensors
 	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
 	$(PY) eval.py $(<D) --task dense --data $(BIG)/regions_val
 
+$(BIG)/named_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.visual_genome $(ANNOTATIONS)/visual_genome/$*.json --expressions \
+	    --images $(BIG)/scenes/$* --out $(@D)
+
 $(BIG)/grounded_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.flickr30k $(ANNOTATIONS)/flickr30k/annotations.zip \
 	    --split $(ANNOTATIONS)/flickr30k/$*.txt --images $(BIG)/scenes/$* --out $(@D)
@@ -133,7 +137,7 @@ runs/scenes-clip/model.safetensors: $(BIG)/objects_train/records.arrow \
 	$(PY) train.py scenes-clip --data $(BIG)/objects_train --val $(BIG)/objects_val \
 	    --out $(@D) --resume
 
-CHAT_TABLES := referring regions grounded questions
+CHAT_TABLES := referring named grounded questions
 
 runs/perceptiongpt/model.safetensors: runs/scenes-clip/model.safetensors \
     $(foreach t,$(CHAT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
@@ -142,7 +146,7 @@ runs/perceptiongpt/model.safetensors: runs/scenes-clip/model.safetensors \
 
 perceptiongpt: runs/perceptiongpt/model.safetensors
 	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
-	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
+	$(PY) eval.py $(<D) --task region --data $(BIG)/named_val
 	$(PY) eval.py $(<D) --task grounded --data $(BIG)/grounded_val
 	$(PY) eval.py $(<D) --task vqa --data $(BIG)/questions_val
 

@@ -39,8 +39,7 @@ from pixelllm.marked_text import VIS_END, VIS_START
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.perception_config import BoxForm, PerceptionConfig, PerceptionStart
 from pixelllm.perception_recipes import DESCRIBED, LOCATED, scenes_perceptiongpt
-from pixelllm.records import Record
-from pixelllm.tables import Table, write_table
+from pixelllm.tables import Table
 from pixelllm.templates import ANSWER
 from pixelllm.training.loop import train
 from pixelllm.training.perceiving import build_stage
@@ -52,7 +51,7 @@ class Options:
     """What is trained.
 
     Args:
-        data, val: tables of scenes' regions.
+        data, val: tables of scenes' regions, made with --expressions.
         clip: a run of scenes-clip.
         last_layer_clip: the same with --clip.no-fuse-layers; without it, that variant is left out.
         out: folder of the runs, the figures and the plot.
@@ -102,22 +101,6 @@ class Figures:
     ms_per_box: float
 
 
-def both_ways(regions: Path, out: Path) -> Table:
-    """The table with every region as a phrase to locate beside the box to describe."""
-    if not out.exists():
-        write_table(map(_with_expressions, Table(regions)), out, {"files": []})
-    return Table(out)
-
-
-def _with_expressions(record: Record) -> Record:
-    asked = [
-        replace(p, id=f"referring/{p.id}", task="referring", context=p.caption, prompt_box=None,
-                target_box=p.prompt_box)
-        for p in record.phrases
-    ]  # fmt: skip
-    return replace(record, phrases=(*record.phrases, *asked))
-
-
 def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig:
     """The recipe for regions and what they are called alone."""
     recipe = scenes_perceptiongpt()
@@ -139,18 +122,14 @@ def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig
 def run(variant: Variant, seed: int, options: Options) -> Figures:
     """Train and score, unless that is done."""
     folder = options.out / f"{re.sub('[^a-z]+', '-', variant.name).strip('-')}-{seed}"
-    figures = folder / "figures.json"
+    figures, val = folder / "figures.json", Table(options.val)
     if not figures.exists():
         config = configure(variant, seed, options)
         torch.manual_seed(seed)
-        tables = [
-            both_ways(regions, options.out / name)
-            for regions, name in ((options.data, "train"), (options.val, "val"))
-        ]
-        stage = build_stage(config, tables[:1], tables[1:], torch.device("cpu"))
+        stage = build_stage(config, [Table(options.data)], [val], torch.device("cpu"))
         train(stage, config.train, folder, resume=(folder / "checkpoints").exists())
         model = PerceptionGPT.from_pretrained(folder)
-        write_text(figures, json.dumps(asdict(score(model, tables[1], options))))
+        write_text(figures, json.dumps(asdict(score(model, val, options))))
     return Figures(**json.loads(figures.read_text()))
 
 

@@ -116,12 +116,14 @@ class Options:
         drop_leaks: tables or annotation files with COCO images; those that a split other than
             train holds are counted and left out. Needs image_data.json, which knows their numbers.
         skip_missing: drop and count images whose file is missing.
+        expressions: every region is also an expression, its phrase, to locate.
     """
 
     images: Path
     split: str | None = None
     drop_leaks: tuple[Path, ...] = ()
     skip_missing: bool = False
+    expressions: bool = False
 
 
 def read_records(corpus: Corpus, options: Options, report: dict[str, Any]) -> Iterator[Record]:
@@ -141,14 +143,18 @@ def read_records(corpus: Corpus, options: Options, report: dict[str, Any]) -> It
             continue
         tried = image_paths(options.images, image.get("file_name", f"{image['id']}.jpg"), "vg")
         picture = Picture(name, image["id"], tried, image)
-        phrases_at = partial(_phrases, name, regions, report)
+        phrases_at = partial(_phrases, name, regions, options.expressions, report)
         record = read_record(picture, phrases_at, report, options.skip_missing)
         if record:
             yield record
 
 
 def _phrases(
-    image: str, regions: list[dict[str, Any]], report: dict[str, Any], size: Size
+    image: str,
+    regions: list[dict[str, Any]],
+    expressions: bool,
+    report: dict[str, Any],
+    size: Size,
 ) -> Iterator[Phrase]:
     for region in regions:
         name = f"{image}: region {region['id']}"
@@ -157,8 +163,11 @@ def _phrases(
         if not text or box is None:
             drop(report, "empty box" if text else "empty phrase")
         else:
-            name = f"region/{region['id']}"
-            yield Phrase(name, "region", text, prompt_box=box, target_box=box)
+            number = region["id"]
+            yield Phrase(f"region/{number}", "region", text, prompt_box=box, target_box=box)
+            if expressions:
+                name = f"referring/{number}"
+                yield Phrase(name, "referring", text, context=text, target_box=box)
 
 
 def convert(files: list[Path], options: Options, out: Path) -> dict[str, Any]:

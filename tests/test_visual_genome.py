@@ -102,6 +102,20 @@ def test_grits_layout_is_read(tmp_path: Path, images: Path):
     assert report["dropped"] == {"empty phrase": 1, "image without phrases": 1}
 
 
+def test_regions_are_expressions_where_that_is_asked_for(tmp_path: Path, images: Path):
+    files = write_corpus(tmp_path)
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    convert(files, Options(images), plain)
+    convert(files, Options(images, expressions=True), both)
+    for expected, record in zip(Table(plain), Table(both), strict=True):
+        assert record.phrases[::2] == expected.phrases
+        for described, located in zip(record.phrases[::2], record.phrases[1::2], strict=True):
+            assert located.id == described.id.replace("region", "referring")
+            assert located.task == "referring" and located.prompt_box is None
+            assert located.context == located.caption == described.caption
+            assert located.target_box == described.prompt_box
+
+
 def test_boxes_outside_the_image_are_counted(tmp_path: Path, images: Path):
     regions = [region(1, 1, "out", x=60), region(2, 1, "flat", height=0), region(3, 1, "in")]
     file = write(tmp_path / "regions.json", [{"id": 1, "regions": regions}])
