@@ -141,9 +141,15 @@ def text_limits(config: Config, model: PixelLLM) -> TextLimits:
 
 
 def build_tokenizer(
-    config: Config | PerceptionConfig, tables: list[Table | ShardedTable]
+    config: Config | PerceptionConfig,
+    tables: list[Table | ShardedTable],
+    wordings: Iterable[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """That of the run to start from or of the trunk, else one trained on the tables' captions."""
+    """That of the run to start from or of the trunk, else one trained on the tables' captions.
+
+    Args:
+        wordings: other text that one trained here gets to know.
+    """
     if config.start.run is not None:  # its weights know no other
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)
     name = config.model.language.trunk or config.model.language.tokenizer
@@ -151,7 +157,7 @@ def build_tokenizer(
         return load_tokenizer(name)
     contexts = [context for source in config.sources for context in source.contexts]
     return train_tokenizer(
-        [*contexts, *_captions(tables, 20_000)], config.model.language.vocab_size
+        [*contexts, *wordings, *_captions(tables, 20_000)], config.model.language.vocab_size
     )
 
 

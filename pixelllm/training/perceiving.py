@@ -29,6 +29,7 @@ from pixelllm.shards import ShardedTable
 from pixelllm.sources import choose_phrases
 from pixelllm.squares import square_image
 from pixelllm.tables import Table
+from pixelllm.templates import ANSWER
 from pixelllm.training.captioning import build_tokenizer, export_run, scored_sources
 from pixelllm.training.loop import Stage
 from pixelllm.training.naming import load_clip_run
@@ -169,8 +170,13 @@ def weighted(terms: dict[str, Tensor], loss: PerceptionLoss, source: Source) -> 
 def build_chat_tokenizer(
     config: PerceptionConfig, tables: list[Table | ShardedTable]
 ) -> PreTrainedTokenizerFast:
-    """As `build_tokenizer`, with the markers; one trained here has a plain chat template."""
-    tokenizer = build_tokenizer(config, tables)
+    """As `build_tokenizer`, with the markers; one trained here has a plain chat template.
+
+    It knows the words of the template and of questions as a whole, not letter by letter.
+    """
+    contexts = {context for source in config.sources for context in source.contexts}
+    wordings = [f"USER: {context} ASSISTANT: {ANSWER}" for context in sorted(contexts)]
+    tokenizer = build_tokenizer(config, tables, wordings * 2)  # once is too rare
     if config.start.run is None:
         language = config.model.language
         if language.trunk is None and language.tokenizer is None:
