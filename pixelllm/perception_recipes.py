@@ -39,7 +39,7 @@ LOCATED = Source("referring", weight=3, phrases_per_image=8, contexts=templates.
 # A mask takes as long to learn from as all the rest of a conversation: fewer are asked for.
 SEGMENTED = Source(
     "referring",
-    tables="referring*",
+    tables="*referring*",
     phrases_per_image=2,
     contexts=templates.SEGMENT,
     mask_weight=2.0,
@@ -50,9 +50,10 @@ def names_first(share: float) -> tuple[Source, ...]:
     """Regions and their names, both ways, until `share` of the training, then all tasks.
 
     What "left" and "smallest" mean is sooner learnt than what a name does, and where both are asked
-    for from the start, names are not. The tables of regions are called "named...".
+    for from the start, names are not. The table of the regions (`--expressions`) has "named" in its
+    name, that of expressions with masks "referring".
     """
-    names = (DESCRIBED, replace(LOCATED, tables="named*", weight=2))
+    names = (DESCRIBED, replace(LOCATED, tables="*named*", weight=2))
     tasks = (DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED)
     return (
         *(replace(source, window=(0.0, share)) for source in names),

@@ -289,12 +289,15 @@ def test_the_context_of_a_user_is_the_one_of_training():
     assert whole == NARRATION_CONTEXTS[0] and region == "an object of "
 
 
-def test_scenes_teach_perceptiongpt_words_before_places():
-    """Until names are known, boxes teach a trunk nothing but their mean."""
+def test_scenes_teach_perceptiongpt_names_before_relations():
+    """Else it answers "left" and "smallest", and does not look for a "red car"."""
     recipe = RECIPES["scenes-perceptiongpt"]()
     first = [source for source in recipe.sources if source.window[0] == 0]
-    later = {source.task for source in recipe.sources if source.window[1] == 1}
-    assert {source.task for source in first} == {"region", "grounded", "question"}
-    assert later == {"region", "grounded", "question", "referring"}
-    (grounded,) = (source for source in first if source.task == "grounded")
-    assert grounded.point_weight == 0
+    later = [source for source in recipe.sources if source.window[1] == 1]
+    assert {(s.task, s.tables, s.mask_weight) for s in first} == {
+        ("region", "*", 0.0),
+        ("referring", "*named*", 0.0),
+    }
+    assert {s.task for s in later} == {"region", "grounded", "question", "referring"}
+    assert [s.tables for s in later if s.mask_weight] == ["*referring*"]
+    assert {s.window[1] for s in first} == {s.window[0] for s in later}
