@@ -131,7 +131,7 @@ def scenes_perceptiongpt() -> PerceptionConfig:
         train=TrainConfig(
             steps=8000,
             batch_size=16,
-            lr=6e-4,
+            lr=5e-4,
             warmup=100,
             weight_decay=0.01,
             betas=(0.9, 0.98),
