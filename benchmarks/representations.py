@@ -204,8 +204,8 @@ def plot(found: dict[str, list[Figures]], file: Path) -> None:
     for name, runs in found.items():
         axes.plot([r.ms_per_box for r in runs], [r.mean_iou for r in runs], "o", label=name)
     axes.set(xlabel="milliseconds to write a box", ylabel="mean IoU", ylim=(0, 1))
-    axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+    axes.set_xlim(0, 1.1 * axes.get_xlim()[1])
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
 
