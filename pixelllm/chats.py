@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pixelllm.conversations import Conversation, Referent
-from pixelllm.marked_text import IMAGE_END, IMAGE_START, PATCH
+from pixelllm.marked_text import IMAGE_END, IMAGE_START, PATCH, TEXT_START
 from pixelllm.markers import check_markers, marker_ids
 from pixelllm.mask_codes import decode_mask
 from pixelllm.models.perceptiongpt import Objects, Tokens
@@ -213,7 +213,10 @@ def decode_answer(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) 
     token_ids = list(token_ids)
     if tokenizer.eos_token_id in token_ids:
         token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(token_ids).strip()
+    text = tokenizer.decode(token_ids).strip()
+    if text.startswith(TEXT_START):  # tokenizers put a blank before the first word
+        text = TEXT_START + text.removeprefix(TEXT_START).lstrip()
+    return text
 
 
 def collate_chats(

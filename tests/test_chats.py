@@ -334,3 +334,9 @@ def test_answers_are_decoded_with_their_marks(tokenizer):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     ids += [tokenizer.eos_token_id, tokenizer.pad_token_id, ids[0]]
     assert decode_answer(ids, tokenizer) == text
+
+
+def test_an_answer_that_begins_with_a_phrase_begins_with_its_word(tokenizer):
+    answer = f"<obj_text_s>a red car<obj_text_e>{OBJECT}."
+    token_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    assert decode_answer(token_ids, tokenizer).startswith("<obj_text_s>a red car")
