@@ -40,6 +40,7 @@ def test_steps_equal_recomputing_while_beams_change_places(
 ):
     """Catches keys of another beam or item, wrong positions, and a wrong packed product."""
     monkeypatch.setattr(git_cache, "_PACKED_ROWS", packed_rows)
+    git_cache.forget_weights(model)
     A, T = 4, 9
     token_ids = torch.full((3, A, T), 3)
     token_ids[..., 0] = 2
@@ -79,7 +80,25 @@ def test_autocast_holds_for_the_steps_and_not_for_the_head(model, prompt):
             logits = steps(token_ids, t)
             assert logits.dtype == torch.float32
             torch.testing.assert_close(logits, expected(token_ids, t), atol=0.1, rtol=0.05)
-    assert steps.layers[0].kept.dtype == steps.layers[0].inner.weight.dtype == torch.bfloat16
+    assert steps.kept[0].dtype == steps.weights.layers[0].inner.weight.dtype == torch.bfloat16
+
+
+def test_weights_are_made_once_until_they_change(prompt):
+    model = tiny()
+    first = model.new_steps(prompt, 2, 3).weights
+    assert model.new_steps(prompt, 2, 5).weights is first
+    assert model.new_steps(prompt, 4, 5).weights is not first  # packed for other rows
+    for change in (lambda: model.output.weight.mul_(2), lambda: _double_unseen(model)):
+        change()
+        token_ids = torch.full((6, 3), 2)
+        logits = model.new_steps(prompt, 2, 3)(token_ids, 0)
+        torch.testing.assert_close(logits, Recomputed(model, prompt, 2)(token_ids, 0))
+
+
+def _double_unseen(model):
+    """As FSDP gathers parameters: autograd does not count it, but validation calls `eval`."""
+    model.output.weight.data.mul_(2)
+    model.eval()
 
 
 def test_a_model_in_bfloat16_generates(generator):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, Cache, DynamicCache
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from pixelllm.models.git_cache import GitSteps
+from pixelllm.models.git_cache import GitSteps, forget_weights
 from pixelllm.models.trunk import Language, Prompt, join
 
 
@@ -88,6 +88,10 @@ class GitDecoder(Language):
 
     def new_cache(self) -> Cache:
         return DynamicCache()
+
+    def train(self, mode: bool = True) -> GitDecoder:
+        forget_weights(self)
+        return super().train(mode)
 
     def new_steps(self, prompt: Prompt, num_beams: int, max_words: int) -> GitSteps:
         return GitSteps(self, prompt, num_beams, max_words)

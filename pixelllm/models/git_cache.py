@@ -8,6 +8,7 @@ share one cache: choosing among them changes which keys each beam may see, and m
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # Letters beyond those of pixelllm/__init__.py: A beams of an item, H heads, d their width.
 
 # From so many rows on, and for float32 on a CPU, weights in oneDNN's own layout are read 1.2 to
-# 1.6 times as fast as parameters; the copy costs about 10 steps and lives as long as the cache.
+# 1.6 times as fast as parameters; the copy costs about 10 steps and serves all later searches.
 _PACKED_ROWS = 4
 
 
@@ -42,15 +43,25 @@ class _Linear(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """One post-norm layer, with its keys and values of all words so far."""
+    """One post-norm layer."""
 
-    kept: Tensor  # keys, values: float[2, R, H, S + T * A, d], the prompt's, then each step's beams
     query_key_value: _Linear
     output: _Linear
     attention_norm: nn.LayerNorm
     inner: _Linear
     outer: _Linear
     norm: nn.LayerNorm
+
+
+class _Weights(NamedTuple):
+    """What steps read of a decoder, and what of it they were made from."""
+
+    source: tuple[object, ...]
+    layers: list[_Layer]
+    head: _Linear
+
+
+_last_weights: WeakKeyDictionary[GitDecoder, _Weights] = WeakKeyDictionary()
 
 
 class GitSteps:
@@ -67,13 +78,11 @@ class GitSteps:
         R, S, _ = prompt.states.shape
         device = prompt.states.device
         self.decoder, self.num_beams, self.num_keys = decoder, num_beams, S
-        rows, keys = R * num_beams, S + max_words * num_beams
+        keys = S + max_words * num_beams
         visible = ~prompt.padding[:, None, None]  # (R, 1, 1, S)
-        kept = [_room(seen, keys) for seen in _read_prompt(decoder, prompt.states, visible)]
-        modules = zip(decoder.encoder.layer, kept, strict=True)
-        self.layers = [_layer(module, rows, room) for module, room in modules]
-        with torch.autocast(device.type, enabled=False):
-            self.head = _linear(rows, decoder.output.weight.float(), decoder.output.bias.float())
+        # Keys and values by layer, float[2, R, H, S + T * A, d]: of the prompt, then of every step.
+        self.kept = [_room(seen, keys) for seen in _read_prompt(decoder, prompt.states, visible)]
+        self.weights = _weights(decoder, R * num_beams)
         self.hidden_keys = torch.full((R, 1, num_beams, keys), -torch.inf, device=device)
         self.hidden_keys[..., :S] = torch.where(visible, 0.0, -torch.inf)
         self.own = torch.full((num_beams, num_beams), -torch.inf, device=device)
@@ -86,21 +95,21 @@ class GitSteps:
         self.hidden_keys[..., start:end] = self.own
         mask = self.hidden_keys[..., :end]
         hidden = decoder.embed(token_ids[:, t : t + 1], start=t)[:, 0]  # (R * A, D)
-        for layer in self.layers:
-            hidden = self._step(layer, hidden, mask.to(layer.kept.dtype))
+        for layer, kept in zip(self.weights.layers, self.kept, strict=True):
+            hidden = self._step(layer, kept, hidden, mask.to(kept.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.float())
+            return self.weights.head(hidden.float())
 
     def reorder(self, beams: Tensor) -> None:
         """Every beam goes on from another one of its item, int64[R, A]."""
         seen = self.hidden_keys[..., : self.num_keys]
         seen.copy_(seen.gather(2, beams[:, None, :, None].expand_as(seen)))
 
-    def _step(self, layer: _Layer, hidden: Tensor, mask: Tensor) -> Tensor:
-        _, R, H, _, d = layer.kept.shape
+    def _step(self, layer: _Layer, kept: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        _, R, H, _, d = kept.shape
         projected = layer.query_key_value(hidden).view(R, self.num_beams, 3, H, d)
         projected = projected.permute(2, 0, 3, 1, 4)  # (3, R, H, A, d)
-        kept = layer.kept[:, :, :, : self.num_keys]
+        kept = kept[:, :, :, : self.num_keys]
         kept[:, :, :, -self.num_beams :] = projected[1:]
         read = F.scaled_dot_product_attention(projected[0], *kept, attn_mask=mask)
         read = read.transpose(1, 2).reshape(hidden.shape)
@@ -130,13 +139,42 @@ def _room(seen: Tensor, length: int) -> Tensor:
     return room
 
 
-def _layer(module: nn.Module, rows: int, kept: Tensor) -> _Layer:
+def _weights(decoder: GitDecoder, rows: int) -> _Weights:
+    """Those of the last search, unless rows, number format or parameters have changed since.
+
+    Changes that go past autograd's count (`.data`) are seen after `train()` or `eval()`.
+    """
+    parameters = list(decoder.parameters())
+    kind = parameters[0].device.type
+    number_format = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if any(parameter.is_inference() for parameter in parameters):  # their changes are not counted
+        return _make_weights(decoder, rows, ())
+    state = ((parameter.data_ptr(), parameter._version) for parameter in parameters)
+    source = (rows, number_format, *state)
+    if decoder not in _last_weights or _last_weights[decoder].source != source:
+        forget_weights(decoder)  # before there are two of them
+        _last_weights[decoder] = _make_weights(decoder, rows, source)
+    return _last_weights[decoder]
+
+
+def forget_weights(decoder: GitDecoder) -> None:
+    """Have the next search make its weights anew."""
+    _last_weights.pop(decoder, None)
+
+
+def _make_weights(decoder: GitDecoder, rows: int, source: tuple[object, ...]) -> _Weights:
+    layers = [_layer(module, rows) for module in decoder.encoder.layer]
+    with torch.autocast(decoder.output.weight.device.type, enabled=False):
+        head = _linear(rows, decoder.output.weight.float(), decoder.output.bias.float())
+    return _Weights(source, layers, head)
+
+
+def _layer(module: nn.Module, rows: int) -> _Layer:
     attention = module.attention
     projections = (attention.self.query, attention.self.key, attention.self.value)
     weight = torch.cat([projection.weight for projection in projections])
     bias = torch.cat([projection.bias for projection in projections])
     return _Layer(
-        kept,
         _linear(rows, weight, bias),
         _linear(rows, attention.output.dense.weight, attention.output.dense.bias),
         attention.output.LayerNorm,
