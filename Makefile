@@ -125,6 +125,10 @@ $(BIG)/named_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.visual_genome $(ANNOTATIONS)/visual_genome/$*.json --expressions \
 	    --images $(BIG)/scenes/$* --out $(@D)
 
+$(BIG)/kinds_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.coco $(ANNOTATIONS)/instances_$*.json --expressions supercategory \
+	    --images $(BIG)/scenes/$* --out $(@D)
+
 $(BIG)/grounded_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.flickr30k $(ANNOTATIONS)/flickr30k/annotations.zip \
 	    --split $(ANNOTATIONS)/flickr30k/$*.txt --images $(BIG)/scenes/$* --out $(@D)
@@ -137,7 +141,7 @@ runs/scenes-clip/model.safetensors: $(BIG)/objects_train/records.arrow \
 	$(PY) train.py scenes-clip --data $(BIG)/objects_train --val $(BIG)/objects_val \
 	    --out $(@D) --resume
 
-CHAT_TABLES := referring named grounded questions
+CHAT_TABLES := referring named kinds grounded questions
 
 runs/perceptiongpt/model.safetensors: runs/scenes-clip/model.safetensors \
     $(foreach t,$(CHAT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)

@@ -4,17 +4,18 @@
         --captions captions_val2017.json
 
 Every instance becomes a phrase that asks, at its box, for the name of its category; crowds have
-no box of one object and are left out. Boxes, polygons and run lengths are those of the format's
-own tools (`pycocotools`).
+no box of one object and are left out. With `--expressions`, an instance that is the only one of its
+category (or supercategory) in the image is also an expression, that name, to locate. Boxes,
+polygons and run lengths are those of the format's own tools (`pycocotools`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
@@ -35,6 +36,8 @@ from data.annotations import (
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import write_table
 
+Naming = Literal["category", "supercategory"]
+
 
 class Annotations(NamedTuple):
     """One or more COCO files, merged by image."""
@@ -42,18 +45,22 @@ class Annotations(NamedTuple):
     images: dict[int, dict[str, Any]]  # entries by id
     by_image: dict[int, list[tuple[str, dict[str, Any]]]]  # (file name, annotation) by image id
     categories: dict[int, str]  # names by id
+    expressions: dict[int, str]  # what its only instance is called; empty if that is not asked for
 
 
-def load_annotations(files: list[Path]) -> Annotations:
+def load_annotations(files: list[Path], expressions: Naming | None = None) -> Annotations:
     """Read `instances_*.json` and `captions_*.json`.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong in it.
     """
-    images, by_image, categories = {}, defaultdict(list), {}
+    images, by_image, categories, called = {}, defaultdict(list), {}, {}
     for file in files:
         content = check_coco(file, load_json(file))
         images.update({image["id"]: image for image in content["images"]})
-        categories.update({entry["id"]: entry["name"] for entry in content.get("categories", ())})
+        for entry in content.get("categories", ()):
+            categories[entry["id"]] = entry["name"]
+            if expressions:
+                called[entry["id"]] = _called(entry, expressions, file)
         for annotation in content["annotations"]:
             by_image[annotation["image_id"]].append((file.name, annotation))
     for image_id, found in by_image.items():
@@ -61,7 +68,14 @@ def load_annotations(files: list[Path]) -> Annotations:
             file_name, annotation = found[0]
             name = f"{file_name}: annotation {annotation['id']}"
             raise ValueError(f"{name} is of image {image_id}, which no file describes")
-    return Annotations(images, by_image, categories)
+    return Annotations(images, by_image, categories, called)
+
+
+def _called(category: dict[str, Any], expressions: Naming, file: Path) -> str:
+    name = category["name"] if expressions == "category" else category.get("supercategory")
+    if not name:
+        raise ValueError(f"{file}: category {category['name']!r} has no supercategory to call it")
+    return name
 
 
 def read_records(
@@ -71,7 +85,7 @@ def read_records(
 
     Raises FileNotFoundError or ValueError naming the image or annotation.
     """
-    report.update(regions=0, captions=0)
+    report.update(regions=0, captions=0, expressions=0)
     for image_id, entry in annotations.images.items():
         tried = [folder / entry["file_name"]]
         picture = Picture(f"image {image_id}", image_id, tried, entry)
@@ -84,11 +98,19 @@ def read_records(
 def _phrases(
     annotations: Annotations, image_id: int, report: dict[str, Any], size: Size
 ) -> Iterator[Phrase]:
-    for file, annotation in annotations.by_image.get(image_id, ()):
+    found = annotations.by_image.get(image_id, ())
+    called = [annotations.expressions.get(entry.get("category_id")) for _, entry in found]
+    times = Counter(called)  # crowds count
+    for name, (file, annotation) in zip(called, found, strict=True):
         phrase = _phrase(annotation, file, size, annotations.categories, report)
-        if phrase:
-            report["captions" if phrase.task == "caption" else "regions"] += 1
-            yield phrase
+        if phrase is None:
+            continue
+        report["captions" if phrase.task == "caption" else "regions"] += 1
+        yield phrase
+        if name and times[name] == 1:
+            report["expressions"] += 1
+            number, shown = annotation["id"], {"target_box": phrase.target_box, "mask": phrase.mask}
+            yield Phrase(f"referring/{number}", "referring", name, context=name, **shown)
 
 
 def _phrase(
@@ -120,11 +142,15 @@ def _phrase(
 
 
 def convert(
-    files: list[Path], folder: Path, out: Path, skip_missing: bool = False
+    files: list[Path],
+    folder: Path,
+    out: Path,
+    skip_missing: bool = False,
+    expressions: Naming | None = None,
 ) -> dict[str, Any]:
     """Write the table `out`; returns its report. Raises as `read_records`, nothing is written."""
     report = start_report(files, folder)
-    annotations = load_annotations(files)
+    annotations = load_annotations(files, expressions)
     records = read_records(annotations, folder, report, skip_missing)
     write_table(tqdm(records, "images", len(annotations.images)), out, report)
     return report
@@ -136,6 +162,7 @@ def main(
     out: Path,
     captions: Path | None = None,
     skip_missing: bool = False,
+    expressions: Naming | None = None,
 ) -> None:
     """Turn COCO annotation files into a table of records.
 
@@ -145,9 +172,10 @@ def main(
         out: table to write; a table of that name is replaced when the new one is complete.
         captions: a captions_*.json of the same images.
         skip_missing: drop and count images whose file is missing.
+        expressions: what the only instance of its kind in an image is called, to be located.
     """
     files = [*annotations, *([captions] if captions else [])]
-    print_report(partial(convert, files, images, out, skip_missing))
+    print_report(partial(convert, files, images, out, skip_missing, expressions))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ TINY_CLIP = ClipConfig(
     conv_stem=True,
     weights=None,
 )
-DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
+DESCRIBED = Source("region", tables="*named*", phrases_per_image=8, contexts=templates.DESCRIBE)
 GROUNDED = Source("grounded", contexts=templates.GROUND)
-ASKED = Source("question", phrases_per_image=8, contexts=templates.SHORT_ANSWER)
+ASKED = Source("question", weight=2, phrases_per_image=8, contexts=templates.SHORT_ANSWER)
 LOCATED = Source("referring", weight=3, phrases_per_image=8, contexts=templates.LOCATE)
 # A mask takes as long to learn from as all the rest of a conversation: fewer are asked for.
 SEGMENTED = Source(
@@ -50,10 +50,16 @@ def names_first(share: float) -> tuple[Source, ...]:
     """Regions and their names, both ways, until `share` of the training, then all tasks.
 
     What "left" and "smallest" mean is sooner learnt than what a name does, and where both are asked
-    for from the start, names are not. The table of the regions (`--expressions`) has "named" in its
-    name, that of expressions with masks "referring".
+    for from the start, names are not. Of a name, the colour is learnt and mostly enough: hence
+    kinds alone as well. The table of the regions (`data.visual_genome --expressions`) has "named"
+    in its name, that of kinds (`data.coco --expressions supercategory`) "kinds", and that of
+    expressions with masks "referring".
     """
-    names = (DESCRIBED, replace(LOCATED, tables="*named*", weight=2))
+    names = (
+        DESCRIBED,
+        replace(LOCATED, tables="*named*", weight=1),
+        replace(LOCATED, tables="*kinds*", weight=2),
+    )
     tasks = (DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED)
     return (
         *(replace(source, window=(0.0, share)) for source in names),
@@ -126,10 +132,10 @@ def scenes_perceptiongpt() -> PerceptionConfig:
             ),
         ),
         start=PerceptionStart(clip="runs/scenes-clip"),
-        sources=names_first(0.15),
+        sources=names_first(0.2),
         loss=PerceptionLoss(l1=10.0),
         train=TrainConfig(
-            steps=8000,
+            steps=12_000,
             batch_size=16,
             lr=5e-4,
             warmup=100,

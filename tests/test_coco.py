@@ -77,6 +77,39 @@ def test_every_form_of_mask_is_the_same_region(corpus, tmp_path: Path, form: str
     assert np.array_equal(coco_mask.decode(phrase.mask), SQUARE)
 
 
+def test_an_instance_alone_of_its_kind_is_an_expression(corpus, tmp_path: Path):
+    """Catches names that mean several, crowds included, and the name that was not asked for."""
+    folder, write = corpus
+    cars = [{"id": 3, "name": "red car", "supercategory": "car"},
+            {"id": 4, "name": "blue car", "supercategory": "car"},
+            {"id": 5, "name": "red boat", "supercategory": "boat"}]  # fmt: skip
+    red, blue = instance(1), instance(2, category_id=4, bbox=[0, 0, 10, 10], segmentation=[])
+    boat = instance(3, category_id=5)
+    crowd = instance(4, category_id=5, iscrowd=1, segmentation={"size": [40, 60], "counts": [2400]})
+    file = write([red, blue, boat, crowd], categories=cars)
+
+    def expressions(naming) -> dict[str, str]:
+        convert([file], folder, tmp_path / "table", expressions=naming)
+        phrases = Table(tmp_path / "table")[0].phrases
+        boxes = {p.id.split("/")[1]: p.target_box for p in phrases if p.task == "region"}
+        found = [phrase for phrase in phrases if phrase.task == "referring"]
+        assert all(phrase.target_box == boxes[phrase.id.split("/")[1]] for phrase in found)
+        return {phrase.id: phrase.context for phrase in found}
+
+    assert expressions(None) == {}
+    assert expressions("category") == {"referring/1": "red car", "referring/2": "blue car"}
+    assert expressions("supercategory") == {}
+    file = write([red, boat], categories=cars)
+    assert expressions("supercategory") == {"referring/1": "car", "referring/3": "boat"}
+
+
+def test_expressions_need_the_supercategories(corpus, tmp_path: Path):
+    folder, write = corpus
+    with pytest.raises(ValueError, match="category 'red car' has no supercategory"):
+        convert([write([instance(1)])], folder, tmp_path / "t", expressions="supercategory")
+    assert not (tmp_path / "t").exists()
+
+
 def test_boxes_are_clipped_and_a_mask_is_not_required(corpus, tmp_path: Path):
     folder, write = corpus
     file = write([instance(1, bbox=[30.0, -5, 60.5, 25], segmentation=[])])

@@ -290,13 +290,14 @@ def test_the_context_of_a_user_is_the_one_of_training():
 
 
 def test_scenes_teach_perceptiongpt_names_before_relations():
-    """Else it answers "left" and "smallest", and does not look for a "red car"."""
+    """Else it answers "left" and "smallest", and does not look for a "red car", or "car"."""
     recipe = RECIPES["scenes-perceptiongpt"]()
     first = [source for source in recipe.sources if source.window[0] == 0]
     later = [source for source in recipe.sources if source.window[1] == 1]
     assert {(s.task, s.tables, s.mask_weight) for s in first} == {
-        ("region", "*", 0.0),
+        ("region", "*named*", 0.0),
         ("referring", "*named*", 0.0),
+        ("referring", "*kinds*", 0.0),
     }
     assert {s.task for s in later} == {"region", "grounded", "question", "referring"}
     assert [s.tables for s in later if s.mask_weight] == ["*referring*"]
