@@ -113,7 +113,7 @@ def configure(variant: Variant, seed: int, options: Options) -> PerceptionConfig
     return replace(
         recipe,
         model=model,
-        sources=(replace(DESCRIBED, tables="*"), replace(LOCATED, weight=2)),
+        sources=(DESCRIBED, replace(LOCATED, weight=2)),
         start=PerceptionStart(clip=str(eyes)),
         train=replace(recipe.train, steps=options.steps, seed=seed, eval_every=options.steps),
     )

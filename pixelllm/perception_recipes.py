@@ -32,7 +32,7 @@ TINY_CLIP = ClipConfig(
     conv_stem=True,
     weights=None,
 )
-DESCRIBED = Source("region", tables="*named*", phrases_per_image=8, contexts=templates.DESCRIBE)
+DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
 GROUNDED = Source("grounded", contexts=templates.GROUND)
 ASKED = Source("question", weight=2, phrases_per_image=8, contexts=templates.SHORT_ANSWER)
 LOCATED = Source("referring", weight=3, phrases_per_image=8, contexts=templates.LOCATE)
@@ -55,12 +55,13 @@ def names_first(share: float) -> tuple[Source, ...]:
     in its name, that of kinds (`data.coco --expressions supercategory`) "kinds", and that of
     expressions with masks "referring".
     """
+    described = replace(DESCRIBED, tables="*named*")  # the kinds have regions as well
     names = (
-        DESCRIBED,
+        described,
         replace(LOCATED, tables="*named*", weight=1),
         replace(LOCATED, tables="*kinds*", weight=2),
     )
-    tasks = (DESCRIBED, GROUNDED, ASKED, LOCATED, SEGMENTED)
+    tasks = (described, GROUNDED, ASKED, LOCATED, SEGMENTED)
     return (
         *(replace(source, window=(0.0, share)) for source in names),
         *(replace(source, window=(share, 1.0)) for source in tasks),

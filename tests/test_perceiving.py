@@ -326,8 +326,9 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
     cli.main(["caption", image, *box, "--json", *model])
     captioned = json.loads(capsys.readouterr().out)
     assert captioned["prompt_box"] == [0.1, 0.2, 0.5, 0.9] and captioned["words"] == []
-    cli.main(["ask", image, "How many cars?", "--json", *model])
-    assert json.loads(capsys.readouterr().out)["question"] == "How many cars?"
+    cli.main(["ask", image, "How many cars?", "Why?", "--json", *model])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [found["question"] for found in answers] == ["How many cars?", "Why?"]
     cli.main(["ask", image, *model])
     cli.main(["info", str(run)])
     assert "tiny-perception" in capsys.readouterr().out

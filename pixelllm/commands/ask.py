@@ -1,4 +1,4 @@
-"""`pixelllm ask`: a question about an image, and an answer with the objects it mentions."""
+"""`pixelllm ask`: questions about an image, and answers with the objects they mention."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from pixelllm.commands.given import check_at_least_one, check_files, holds_perce
 from pixelllm.commands.locate import as_object, as_text
 from pixelllm.devices import choose_device
 from pixelllm.images import open_image
+from pixelllm.locating import Location
 from pixelllm.overlays import write_objects
-from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perceiving import Answer, PerceptionGPT
 
 
 @dataclass(frozen=True)
 class AskCommand:
-    """Ask a PerceptionGPT about an image; what the answer mentions has a box and a mask.
+    """Ask a PerceptionGPT about an image; what an answer mentions has a box and a mask.
 
     Args:
         image: file to look at.
-        question: of any form; without one, the image is described and its objects are marked.
+        questions: of any form, each answered on its own; without one, the image is described and
+            its objects are marked.
         model: folder of a finished run, or a Hub id.
         beams: beam search width; 1 is greedy.
-        json: print one JSON object instead of text.
+        json: print one JSON object per question instead of text.
         png: write a picture of all boxes and masks.
         device: auto, cpu, cuda or mps.
     """
 
     image: tyro.conf.Positional[Path]
     model: str
-    question: tyro.conf.Positional[str] = ""
+    questions: tyro.conf.Positional[tuple[str, ...]] = ()
     beams: int = 1
     json: bool = False
     png: Path | None = None
@@ -46,18 +48,25 @@ def ask(command: AskCommand) -> None:
         raise ValueError(f"{command.model} is no PerceptionGPT; only those answer questions")
     model = PerceptionGPT.from_pretrained(command.model).to(choose_device(command.device))
     image = open_image(command.image)
-    task = "question" if command.question else "grounded"
-    question = model.question(task, command.question)
-    (answer,) = model.ask([image], [[question]], command.beams)[0]
+    asked = [model.question("question", question) for question in command.questions]
+    answers = model.ask([image], [asked or [model.question("grounded")]], command.beams)[0]
+    shown = []
+    for question, answer in zip(command.questions or ("",), answers, strict=True):
+        found = _named_objects(answer)
+        shown += found
+        if command.json:
+            about = {"image": str(command.image), "size_hw": [image.height, image.width]}
+            print(json.dumps({**about, "question": question, **answer.to_json()}))
+        else:
+            print("\n".join([answer.text, *(f"  {as_text(*item)}" for item in found)]))
+    if command.png:
+        write_objects(image, [as_object(*item) for item in shown], command.png)
+
+
+def _named_objects(answer: Answer) -> list[tuple[str, Location]]:
+    """Every object with the words that mention it."""
     names = [""] * len(answer.objects)
     for mention in answer.mentions:
         for number in mention.objects:
             names[number] = answer.text[mention.start : mention.end]
-    found = list(zip(names, answer.objects, strict=True))
-    if command.json:
-        about = {"image": str(command.image), "size_hw": [image.height, image.width]}
-        print(json.dumps({**about, "question": command.question, **answer.to_json()}))
-    else:
-        print("\n".join([answer.text, *(f"  {as_text(*item)}" for item in found)]))
-    if command.png:
-        write_objects(image, [as_object(*item) for item in found], command.png)
+    return list(zip(names, answer.objects, strict=True))
