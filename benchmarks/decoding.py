@@ -9,7 +9,8 @@ each; no caption may end. The official way (`auto_regressive_decode.py` of the r
 positions, written or not, through the decoder and the vocabulary head, and reads one: each of its
 steps costs the same. "Growing" recomputes the words so far and has a head for the last one alone.
 At every n-th step of the cached search both are timed on the same words, and must rank the same
-words first; a shorter search is run to its end each way, and must find the same captions.
+words first; a shorter search is run to its end each way, and must find the same captions. It is
+the model's first, which lays out the weights for those that follow.
 
 Times are processor time per thread, so that other jobs on the machine count through caches and
 memory alone. Memory bandwidth is that of a sum over 1 GiB, between the same steps.
@@ -116,6 +117,7 @@ def search(model: GitDecoder, steps: Steps, case: Case) -> Tensor:
     return beam_search(steps, start, model.eos_id, case.beams, reorder=steps.reorder)[0]
 
 
+@torch.inference_mode(False)  # its parameters are made as those of a loaded model
 def build() -> GitDecoder:
     """Random weights, but with words as sure as a trained model's, and none of them EOS."""
     torch.manual_seed(0)
