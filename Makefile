@@ -70,10 +70,10 @@ $(RUN)/gallery.html: $(RUN)/eval/trace.json
 	$(PY) -m pixelllm.cli caption $$(ls $(DATA)/scenes/val/*.jpg | head -n 60) \
 	    --model $(RUN) --html $@ --json > $(RUN)/captions.jsonl
 
-# The larger recipes share 40,000 scenes, eyes that have looked at them for longer, and features.
+# The larger recipes share 40,000 scenes and the quickstart's SAM, EVA02 and cache of features.
 BIG := runs/scenes
 ANNOTATIONS := $(BIG)/scenes/annotations
-CACHE := --cache-features $(BIG)/cache --resume
+CACHE := --cache-features $(RUN)/cache --resume
 
 $(BIG)/scenes/scenes.json: | .venv/installed
 	$(PY) -m data.scenes $(BIG)/scenes --train 40000 --val 500 --seed 0
@@ -93,20 +93,11 @@ $(BIG)/referring_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.refcoco "$(ANNOTATIONS)/refer/refs(unc).p" $(ANNOTATIONS)/refer/instances.json \
 	    --images $(BIG)/scenes/$* --split $* --out $(@D)
 
-$(BIG)/sam/model.safetensors: $(BIG)/objects_train/records.arrow $(BIG)/objects_val/records.arrow
-	$(PY) train.py scenes-sam --data $(BIG)/objects_train --val $(BIG)/objects_val \
-	    --train.steps 8000 --out $(@D) --resume
-
-$(BIG)/eva02/model.safetensors: $(BIG)/objects_train/records.arrow $(BIG)/objects_val/records.arrow
-	$(PY) train.py scenes-eva02 --data $(BIG)/objects_train --val $(BIG)/objects_val \
-	    --train.steps 6000 --out $(@D) --resume
-
 runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
     $(BIG)/narrations_val/records.arrow $(BIG)/objects_train/records.arrow \
-    $(BIG)/objects_val/records.arrow
-	$(MAKE) -j2 $(BIG)/sam/model.safetensors $(BIG)/eva02/model.safetensors
+    $(RUN)/sam/model.safetensors $(RUN)/eva02/model.safetensors
 	$(PY) train.py scenes-small --data $(BIG)/narrations_train $(BIG)/objects_train \
-	    --val $(BIG)/narrations_val --start.sam $(BIG)/sam --start.eva02 $(BIG)/eva02 \
+	    --val $(BIG)/narrations_val --start.sam $(RUN)/sam --start.eva02 $(RUN)/eva02 \
 	    --out $(@D) $(CACHE)
 
 small: runs/small/model.safetensors
@@ -117,7 +108,7 @@ JOINT_TABLES := narrations regions referring
 runs/joint/model.safetensors: runs/small/model.safetensors \
     $(foreach t,$(JOINT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
 	$(PY) train.py scenes-joint --data $(JOINT_TABLES:%=$(BIG)/%_train) \
-	    --val $(JOINT_TABLES:%=$(BIG)/%_val) --start.run runs/small --start.sam $(BIG)/sam \
+	    --val $(JOINT_TABLES:%=$(BIG)/%_val) --start.run runs/small --start.sam $(RUN)/sam \
 	    --out $(@D) $(CACHE)
 
 runs/joint-refseg/model.safetensors: runs/joint/model.safetensors

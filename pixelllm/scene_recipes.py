@@ -230,7 +230,7 @@ def scenes_joint() -> Config:
         small,
         name="scenes-joint",
         model=replace(small.model, masks=TINY_MASKS, detector=TINY_DETECTOR),
-        start=StartConfig(run="runs/small", sam="runs/scenes/sam"),
+        start=StartConfig(run="runs/small", sam="runs/quickstart/sam"),
         sources=(Source("narration"), PHRASES, REGIONS, EXPRESSIONS),
         train=replace(
             small.train,
@@ -244,8 +244,7 @@ def scenes_joint() -> Config:
 
 def scenes_joint_refseg() -> Config:
     """The masks of scenes-joint: only the adapter before SAM's decoder learns."""
-    joint = scenes_joint()
-    return masks_alone(joint, replace(joint.start, run="runs/joint"))
+    return masks_alone(scenes_joint(), start="runs/joint")
 
 
 def scenes_ref() -> Config:
@@ -263,8 +262,7 @@ def scenes_refseg() -> Config:
     """Referring segmentation on scenes, from scenes-ref."""
     ref = scenes_ref()
     ref = replace(ref, model=replace(ref.model, masks=TINY_MASKS))
-    start = StartConfig(run="runs/scenes-ref", sam="runs/quickstart/sam")
-    return replace(masks_alone(ref, start), name="scenes-refseg")
+    return replace(masks_alone(ref, start="runs/scenes-ref"), name="scenes-refseg")
 
 
 def scenes_densecap() -> Config:
@@ -279,7 +277,7 @@ def scenes_densecap() -> Config:
     )
 
 
-def masks_alone(config: Config, start: StartConfig) -> Config:
+def masks_alone(config: Config, start: str) -> Config:
     """Train the adapter of the masks for some minutes."""
     parts = ("extractor", "projection", "language", "point_head")
     if config.model.detector is not None:
@@ -288,7 +286,7 @@ def masks_alone(config: Config, start: StartConfig) -> Config:
     return replace(
         config,
         name=f"{config.name}-refseg",
-        start=start,
+        start=StartConfig(run=start, sam="runs/quickstart/sam"),
         sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0),),
         train=replace(config.train, steps=600, lr=2e-3, frozen=frozen, lr_scales={}),
     )
