@@ -103,7 +103,7 @@ runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
 small: runs/small/model.safetensors
 	$(PY) eval.py runs/small --task trace --data $(BIG)/narrations_val
 
-JOINT_TABLES := narrations regions referring
+JOINT_TABLES := narrations regions referring kinds
 
 runs/joint/model.safetensors: runs/small/model.safetensors \
     $(foreach t,$(JOINT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)

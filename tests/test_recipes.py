@@ -302,3 +302,15 @@ def test_scenes_teach_perceptiongpt_names_before_relations():
     assert {s.task for s in later} == {"region", "grounded", "question", "referring"}
     assert [s.tables for s in later if s.mask_weight] == ["*referring*"]
     assert {s.window[1] for s in first} == {s.window[0] for s in later}
+
+
+def test_kinds_are_located_and_not_described():
+    """Their regions are called "red boat" where the others are "a small red boat"."""
+    sources = RECIPES["scenes-joint"]().sources
+    tables = {(source.task, source.tables) for source in sources}
+    assert tables == {
+        ("narration", "*"),
+        ("region", "*regions*"),
+        ("referring", "*referring*"),
+        ("referring", "*kinds*"),
+    }
