@@ -219,33 +219,31 @@ def test_what_cannot_be_converted_is_named(runs: Path, tmp_path: Path):
         convert_checkpoint(tmp_path / "old", None, tmp_path)
 
 
-def first_step(processes: Processes, config: Config, tables: Tables) -> tuple[float, set]:
-    """The loss of the first micro batch, and the dtypes of a block while it runs."""
-    tables, val = ([Table(path) for path in paths] for paths in joint_tables(tables))
-    torch.manual_seed(0)
-    stage = captioning.build_stage(config, tables, val, CPU)
-    stage.model.eval()  # what is drawn differs between dtypes
-    loss = distribute(stage.model, stage.loss, processes, bfloat16=True)
-    dtypes = set()
-    block = stage.model.language.model.decoder.block[0]
-    block.register_forward_pre_hook(
-        lambda module, _: dtypes.update(p.dtype for p in module.parameters())
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        total = sum(loss(stage.batches[0]).values())
-    total.backward()
-    gradients = [p.grad for p in stage.model.parameters() if p.grad is not None]
-    assert {gradient.dtype for gradient in gradients} == {torch.float32}
-    return total.item(), dtypes
+def test_sharded_blocks_compute_in_bfloat16(team: Team, tiny_tables: Tables, tmp_path: Path):
+    """A whole run: validation reads the sharded blocks' bfloat16 features as well."""
+    config = make_config(bfloat16=True)
+    train_model(ALONE, config, tiny_tables, tmp_path / "1")
+    team.run(2, train_model, config, tiny_tables, tmp_path / "2", sharded=True)
+    for ours, theirs in zip(curve(tmp_path / "2"), curve(tmp_path / "1"), strict=True):
+        assert ours == pytest.approx(theirs, rel=0.05)
 
 
-def test_sharded_blocks_compute_in_bfloat16(team: Team, tiny_tables: Tables):
-    config = make_config()
-    alone, dtypes = first_step(ALONE, config, tiny_tables)
-    assert dtypes == {torch.float32}
-    for total, dtypes in team.run(2, first_step, config, tiny_tables, sharded=True):
-        assert dtypes == {torch.bfloat16}
-        assert total == pytest.approx(alone, rel=0.02)
+def gradient_of_two(processes: Processes) -> tuple[torch.dtype, float]:
+    """What is computed in and the mean of 256 and 1, whose sum bfloat16 rounds to 256."""
+    block = nn.Linear(1, 1, bias=False)
+    model = nn.ModuleDict({"language": nn.ModuleDict({"layers": nn.ModuleList([block])})})
+
+    def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": block(x).sum()}
+
+    loss = distribute(model, loss, processes, bfloat16=True)
+    out = loss(torch.tensor([[256.0 if processes.is_first else 1.0]]))["loss"]
+    out.backward()
+    return out.dtype, block.weight.grad.full_tensor().item()
+
+
+def test_gradients_of_sharded_blocks_are_summed_in_float32(team: Team):
+    assert team.run(2, gradient_of_two, sharded=True) == [(torch.bfloat16, 128.5)] * 2
 
 
 # --- what processes agree on, with a stage that takes a millisecond ---

@@ -106,7 +106,7 @@ def train(
             if step % config.log_every == 0:
                 log.write(step, lr=lr, grad_norm=grad_norm)
             if step % config.eval_every == 0 or step == config.steps:
-                state.scores = processes.gather(validate(stage, config.seed))[0]
+                state.scores = processes.gather(validate(stage, config, device))[0]
                 log.write(step, **{f"val_{name}": score for name, score in state.scores.items()})
             stop.signal = next(filter(None, processes.gather(stop.signal)), None)
             if step % config.save_every == 0 or step == config.steps or stop.requested:
@@ -183,11 +183,14 @@ def seed_generators(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-def validate(stage: Stage, seed: int) -> dict[str, float]:
-    """Scores of the model in evaluation mode, without gradients; each time with the same draws."""
-    seed_generators(seed, 3)
+def validate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Scores of the model in evaluation mode, without gradients; each time with the same draws.
+
+    In the precision of training, which blocks that are sharded have in any case.
+    """
+    seed_generators(config.seed, 3)
     stage.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
         scores = stage.validate()
     stage.model.train()
     return scores
