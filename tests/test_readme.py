@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = ("git", "cd", "pip", "hf")  # programs of others
 TOOLS = ("pip", "pytest", "ruff")  # modules of others
+# Options that running text names without a value.
+VALUED = ("--train.workers", "--train.accumulate", "--start.run", "--start.eyes")
 # What the entry points call once their options are parsed.
 WORK = {
     "data.scenes": (data.scenes, "write_scenes"),
@@ -38,6 +41,8 @@ WORK = {
     "pixelllm.cli dense": (cli, "dense"),
     "pixelllm.cli info": (cli, "info"),
     "pixelllm.cli ask": (cli, "ask"),
+    "pixelllm.cli plan": (cli, "plan"),
+    "pixelllm.cli convert": (cli, "convert"),
 }
 
 
@@ -58,7 +63,26 @@ def shown_commands() -> list[list[str]]:
     texts = [text.read_text() for text in TEXTS]
     fenced = [c for text in texts for b in blocks(text, "bash", "sh") for c in commands(b)]
     inline = re.findall(r"`(make [^`]+|python [^`]+ --list)`", "\n".join(texts))
-    return [*fenced, *map(shlex.split, inline)]
+    return [*fenced, *indented_commands(texts), *map(shlex.split, inline)]
+
+
+def indented_commands(texts: list[str]) -> list[list[str]]:
+    """Those of indented blocks, where they are our programs and not cut short."""
+    found = []
+    for block in re.findall(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", "\n\n".join(texts)):
+        for words in commands(textwrap.dedent(block).replace(" &\n", "\n")):
+            if "torchrun" in words[:2]:
+                words = ["python", *words[words.index("train.py") :]]
+            if words[0] in ("python", "pixelllm") and "..." not in words:
+                found.append(words)
+    return found
+
+
+def shown_options() -> list[str]:
+    """What running text and help say to add to a training command."""
+    texts = [path.read_text() for path in [*TEXTS, ROOT / "pixelllm" / "commands" / "plan.py"]]
+    found = re.findall(r"[`(](--(?:train|model|start)\.[^`)]+)[`)]", "\n".join(texts))
+    return [" ".join(options.split()) for options in found]
 
 
 def parse_only(main: Callable[..., None], arguments: list[str]) -> None:
@@ -79,6 +103,11 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         assert Path(program).name.startswith("python"), f"how is {words} checked?"
         program, rest = (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
+    if program.startswith("benchmarks"):
+        file = ROOT / f"{program.removesuffix('.py').replace('.', '/')}.py"
+        names = [word[2:].replace("-", "_") for word in rest if word.startswith("--")]
+        assert not [name for name in names if name not in file.read_text()], words
+        return
     if program in TOOLS:
         return
     name = f"{program} {rest[0]}" if program == "pixelllm.cli" else program
@@ -97,6 +126,15 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_of_shown_commands_exist(words, monkeypatch):
     """A renamed option, recipe, module or make target fails here."""
     check(words, monkeypatch)
+
+
+@pytest.mark.parametrize("options", shown_options())
+def test_shown_options_exist(options, monkeypatch):
+    words = options.split()
+    needs_value = len(words) == 1 and words[0] in VALUED
+    recipe = "perceptiongpt-7b" if ".vis." in options or ".clip." in options else "joint-t5xl"
+    command = f"python train.py {recipe} --data a --val b --out c".split()
+    check([*command, *words, *(["1"] if needs_value else [])], monkeypatch)
 
 
 def test_a_wrong_command_is_noticed(monkeypatch):

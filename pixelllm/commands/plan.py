@@ -36,9 +36,9 @@ class PlanCommand:
         memory: of a device, in GiB.
         images: of a micro batch; the recipe's by default.
         tokens: of a caption; by default the most that the recipe allows.
-        recompute: with gradient checkpointing (--train.recompute True).
-        bfloat16: compute, and hold what is frozen, in bfloat16 (--train.bfloat16 True
-            --model.sam.bfloat16 True --model.language.bfloat16 True).
+        recompute: with gradient checkpointing (--train.recompute).
+        bfloat16: compute, and hold what is frozen, in bfloat16 (--train.bfloat16
+            --model.sam.bfloat16 --model.language.bfloat16).
         json: print one JSON object instead of text.
     """
 
