@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,26 @@ from pixelllm.marked_text import VIS, Mention, cut_unfinished, parse_marked
 from pixelllm.markers import MARKERS, marker_ids
 from pixelllm.mask_codes import encode_mask
 from pixelllm.model_card import model_card
-from pixelllm.models.answering import Answers, write_answers
+from pixelllm.models.answering import Answers, Choose, most_probable, write_answers
 from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
 from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import TRUNK_FOLDER, special_ids
+from pixelllm.processor import check_box
 from pixelllm.records import Box
 from pixelllm.squares import square_image, unsquare_boxes, unsquare_mask
-from pixelllm.templates import ANSWER, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
+from pixelllm.templates import ANSWER, CAPTION, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
 
 PUBLISHED = ("language", "clip")  # parts whose weights a config can name
 WORDINGS = {
     "referring": LOCATE[0],
     "region": DESCRIBE[0],
     "grounded": GROUND[0],
+    "caption": CAPTION[0],
     "question": SHORT_ANSWER[0],
     "conversation": CONVERSE[0],
 }
+EncodedMask = dict[str, Any]  # COCO's run-length encoding
 NOWHERE: Box = (0.0, 0.0, 1.0, 1.0)  # of an object that the model is to find
 
 
@@ -143,9 +147,18 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return {n for n, t in tensors if (p := n.split(".")[0]) in parts and named[p](n, t)}
 
     def question(self, task: str, context: str = "") -> str:
-        """How the recipe words the task; `context` is the expression or the question."""
+        """How the recipe words the task; `context` is the expression or the question.
+
+        Raises ValueError for a task that has no wording, or an empty context where one is due.
+        """
+        if task not in WORDINGS:
+            raise ValueError(f"there is no task {task!r}; there are: {', '.join(WORDINGS)}")
         own = (source.contexts[0] for source in self.config.sources if source.task == task)
-        return next(own, WORDINGS.get(task, "")).replace("{}", context)
+        wording = next(own, WORDINGS[task])
+        if "{}" in wording and not context.strip():
+            what = "expression" if task == "referring" else "question"
+            raise ValueError(f"empty {what}; say what to look for, or what to answer")
+        return wording.replace("{}", context)
 
     @torch.no_grad()
     def locate(
@@ -162,7 +175,10 @@ class PerceptionGPT(PerceptionGPTNetwork):
         Args:
             images: RGB; texts: the expressions of each.
             with_masks: also segment what they point at.
+
+        Raises ValueError: an expression is empty, or an image has none.
         """
+        check_one_each(images, texts, "expressions")
         if self.config.model.vis.form != "vis":
             return self._locate_in_words(images, texts, with_masks)
         found = Referent(NOWHERE)
@@ -209,18 +225,37 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     @torch.no_grad()
     def describe_boxes(
-        self, images: Sequence[Image], boxes: Sequence[Sequence[Box]], num_beams: int = 1
+        self,
+        images: Sequence[Image],
+        boxes: Sequence[Sequence[Box]],
+        num_beams: int = 1,
+        masks: Sequence[Sequence[EncodedMask | None]] | None = None,
     ) -> list[list[Caption]]:
-        """What is in each box, xyxy in [0, 1] of its image; the captions' words have no points."""
+        """What is in each box; the captions' words have no points.
+
+        Args:
+            images: RGB.
+            boxes: of each, xyxy in [0, 1] of it.
+            masks: of the boxes, COCO run-length encodings at the sizes of their images. A model
+                of `VisInput` "mask" or "random" reads these in place of the boxes; one of "mask"
+                needs them.
+
+        Raises:
+            ValueError: boxes that are none, boxes and masks that do not belong together, or no
+                masks for a model that reads them.
+        """
+        check_one_each(images, boxes, "boxes")
+        masks = masks or [[None] * len(of_image) for of_image in boxes]
+        if self.config.model.vis.read == "mask" and None in chain(*masks):
+            raise ValueError("this model reads masks: every box needs one (vis.read is 'mask')")
         question = self.question("region")
-        asked = [
-            [
-                Conversation(f"box {box}", size_of(image), ((question, ""),),
-                             (Referent(tuple(box)),) * question.count(VIS))
-                for box in of_image
-            ]
-            for image, of_image in zip(images, boxes, strict=True)
-        ]  # fmt: skip
+        n = question.count(VIS)
+        asked = []
+        for image, *of_image in zip(images, boxes, masks, strict=True):
+            size = size_of(image)
+            objects = [to_referent(*item, size) for item in zip(*of_image, strict=True)]
+            asked.append([Conversation(f"box {found.box}", size, ((question, ""),), (found,) * n)
+                          for found in objects])  # fmt: skip
         answers = self._write(images, asked, num_beams, with_masks=False)
         return [[Caption(a.text, (), a.log_prob) for a in of_image] for of_image in answers]
 
@@ -231,13 +266,24 @@ class PerceptionGPT(PerceptionGPTNetwork):
         questions: Sequence[Sequence[str]],
         num_beams: int = 1,
         with_masks: bool = True,
+        choose: Choose = most_probable,
     ) -> list[list[Answer]]:
-        """Answers to questions as `question` words them, each on its own."""
+        """Answers to questions as `question` words them, each on its own.
+
+        Args:
+            images: RGB; questions: those about each.
+            num_beams: above 1, beam search.
+            with_masks: also segment what the answers mention.
+            choose: the next words; `pixelllm.models.answering.sampler` draws them.
+
+        Raises ValueError: an image without a question, or one that is not worded.
+        """
+        check_one_each(images, questions, "questions")
         asked = [
             [Conversation(text, size_of(image), ((text, ""),), ()) for text in of_image]
             for image, of_image in zip(images, questions, strict=True)
         ]
-        return self._write(images, asked, num_beams, with_masks)
+        return self._write(images, asked, num_beams, with_masks, choose)
 
     def _write(
         self,
@@ -245,6 +291,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         asked: Sequence[Sequence[Conversation]],
         num_beams: int,
         with_masks: bool,
+        choose: Choose = most_probable,
     ) -> list[list[Answer]]:
         pixels, chats, kept = self.prepare(images, asked, pad_left=True)
         answers = write_answers(
@@ -254,6 +301,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
             chats.tokens.padding,
             chats.objects,
             max_new_tokens=self.config.max_new_tokens,
+            choose=choose,
             num_beams=num_beams,
             feed_masks=self.config.model.vis.read == "mask",
             with_masks=with_masks,
@@ -307,6 +355,8 @@ class PerceptionGPT(PerceptionGPTNetwork):
         chats = [encode_chat(c, self.tokenizer, num_patches, limit) for c in spoken]
         side = self.config.model.vis.mask_size
         batch = collate_chats(chats, self.tokenizer, mask_side=side, pad_left=pad_left)
+        if self.config.model.vis.read != "box":
+            batch = batch._replace(objects=batch.objects._replace(by_mask=batch.objects.has_mask))
         device = next(self.parameters()).device
         pixels = torch.stack([square_image(image, frame) for image in images])
         return pixels.to(device), batch.to(device), Rows(width, [len(found) for found in asked])
@@ -333,6 +383,22 @@ def named_parts(config: PerceptionConfig) -> list[str]:
         "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
     }
     return [part for part in PUBLISHED if is_named[part]]
+
+
+def check_one_each(images: Sequence[Image], given: Sequence[Any], what: str) -> None:
+    """Raise ValueError unless there is a list for every image, and something in it."""
+    if not images or len(images) != len(given):
+        raise ValueError(f"{len(given)} lists of {what} for {len(images)} images")
+    for number, of_image in enumerate(given):
+        if isinstance(of_image, str) or not of_image:
+            raise ValueError(f"image {number}: expected a list of {what}, not {of_image!r}")
+
+
+def to_referent(box: Box, mask: EncodedMask | None, size: tuple[int, int]) -> Referent:
+    """An object of an image of this size. Raises ValueError for a wrong box, or mask's size."""
+    if mask is not None and tuple(mask["size"]) != size:
+        raise ValueError(f"mask of {tuple(mask['size'])} (H, W) for an image of {size}")
+    return Referent(check_box(tuple(map(float, box))), mask)
 
 
 def size_of(image: Image) -> tuple[int, int]:

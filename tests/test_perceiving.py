@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Tables, run_stage
@@ -25,8 +26,8 @@ from pixelllm.images import open_image
 from pixelllm.locating import Location
 from pixelllm.marked_text import VIS, Mention
 from pixelllm.markers import add_markers
-from pixelllm.mask_codes import decode_mask
-from pixelllm.models.answering import Answers
+from pixelllm.mask_codes import decode_mask, encode_mask
+from pixelllm.models.answering import Answers, sampler
 from pixelllm.perceiving import Answer, PerceptionGPT
 from pixelllm.perception_config import (
     ClipConfig,
@@ -230,6 +231,55 @@ def test_boxes_are_described_and_questions_answered_in_the_order_given(model, im
     assert [len(found) for found in answers] == [1, 1] and "<" not in answers[0][0].text
 
 
+def test_a_model_that_reads_masks_is_given_them(model, run, images, monkeypatch):
+    """Before, it was told of a box through an encoder that its training never used."""
+    config = replace(model.config.model, vis=replace(model.config.model.vis, read="mask"))
+    reader = PerceptionGPT.from_pretrained(run)
+    reader.config = replace(model.config, model=config)
+    box, size = (0.25, 0.25, 0.75, 0.75), (images[0].height, images[0].width)
+    halves = np.zeros((2, *size), bool)
+    halves[0, : size[0] // 2] = halves[1, size[0] // 2 :] = True
+    masks = [encode_mask(half) for half in halves]
+    read = []
+    reader.mask_encoder.register_forward_hook(lambda _, given, __: read.append(given[0]))
+    reader.describe_boxes(images[:1], [[box, box]], masks=[masks])
+    assert len(read) == 1 and len(read[0]) == 2 and not torch.equal(*read[0])
+    with pytest.raises(ValueError, match="this model reads masks: every box needs one"):
+        reader.describe_boxes(images[:1], [[box]])
+    with pytest.raises(ValueError, match=r"mask of .* for an image of"):
+        model.describe_boxes(images[1:], [[box]], masks=[masks[:1]])
+
+
+def test_sampled_answers_depend_on_the_seed(model, images):
+    asked = [[model.question("conversation", "Why?")]]
+
+    def answer(seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        choose = sampler(temperature=3.0, generator=generator)
+        return model.ask(images[:1], asked, choose=choose)[0][0].text
+
+    answers = [answer(seed) for seed in range(4)]
+    assert answers[0] == answer(0) and len(set(answers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"),
+    [
+        (lambda m, images: m.locate(images[:1], [[" "]]), "empty expression; say what"),
+        (lambda m, images: m.locate(images[:1], [["a"], ["b"]]), "2 lists of expressions for 1"),
+        (lambda m, images: m.locate(images[:1], ["a"]), "image 0: expected a list of expressions"),
+        (lambda m, images: m.ask([], []), "0 lists of questions for 0 images"),
+        (lambda m, images: m.question("question", ""), "empty question"),
+        (lambda m, images: m.question("regio"), "no task 'regio'; there are: referring, region"),
+        (lambda m, images: m.describe_boxes(images[:1], [[(1, 2, 3, 4)]]), "divide pixels by"),
+        (lambda m, images: m.describe_boxes(images[:1], [[(0, 0, 1)]]), "expected x0 < x1"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(ask, reason, model, images):
+    with pytest.raises(ValueError, match=reason):
+        ask(model, images)
+
+
 def test_answers_carry_the_objects_they_mention(model, images, monkeypatch):
     """With a head that writes `<vis>` alone: every one has its box, mask and probability."""
     num_tokens = model.language.vocab_size
@@ -329,6 +379,7 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
     cli.main(["ask", image, "How many cars?", "Why?", "--json", *model])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [found["question"] for found in answers] == ["How many cars?", "Why?"]
+    cli.main(["ask", image, "a car", "--task", "referring", "--sample", "--seed", "3", *model])
     cli.main(["ask", image, *model])
     cli.main(["info", str(run)])
     assert "tiny-perception" in capsys.readouterr().out
@@ -341,7 +392,9 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
         (["caption", "{}"], "give --box, or try: pixelllm ask"),
         (["caption", "{}", "--box", "0", "0", "1", "1", "--gif", "a.gif"], "do not"),
         (["caption", "{}", "--box", "0", "0", "1", "1", "--int8"], "--dtype and --int8"),
-        (["dense", "{}"], "holds a PerceptionConfig, expected a Config"),
+        (["ask", "{}", ""], "empty question"),
+        (["ask", "{}", "Why?", "--seed", "1"], "do nothing without --sample"),
+        (["dense", "{}"], "is a PerceptionGPT, which has no detector"),
     ],
 )
 def test_what_a_perceptiongpt_cannot_do_is_refused(arguments, reason, run, perception_tables):

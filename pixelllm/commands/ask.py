@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 import tyro
 
-from pixelllm.commands.given import check_at_least_one, check_files, holds_perception
+from pixelllm.commands.given import check_files, holds_perception, search_options
 from pixelllm.commands.locate import as_object, as_text
 from pixelllm.devices import choose_device
 from pixelllm.images import open_image
 from pixelllm.locating import Location
+from pixelllm.models.answering import sampler
 from pixelllm.overlays import write_objects
 from pixelllm.perceiving import Answer, PerceptionGPT
 
@@ -26,7 +29,13 @@ class AskCommand:
         questions: of any form, each answered on its own; without one, the image is described and
             its objects are marked.
         model: folder of a finished run, or a Hub id.
+        task: how questions are worded: "question" asks for an answer in a word or two,
+            "conversation" for one of any length, "referring" for the place of what is named.
         beams: beam search width; 1 is greedy.
+        sample: draw words at random instead of taking the likeliest.
+        temperature: of --sample; below 1 likelier words, above 1 rarer ones.
+        top_p: of --sample; draw among the likeliest words that have this probability together.
+        seed: of --sample; the same seed gives the same answers.
         json: print one JSON object per question instead of text.
         png: write a picture of all boxes and masks.
         device: auto, cpu, cuda or mps.
@@ -35,7 +44,12 @@ class AskCommand:
     image: tyro.conf.Positional[Path]
     model: str
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
+    task: Literal["question", "conversation", "referring"] = "question"
     beams: int = 1
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
     json: bool = False
     png: Path | None = None
     device: str = "auto"
@@ -43,13 +57,14 @@ class AskCommand:
 
 def ask(command: AskCommand) -> None:
     check_files([command.image], [command.png])
-    check_at_least_one("--beams", command.beams)
+    search = answer_search(search_options(command))
     if not holds_perception(command.model):
         raise ValueError(f"{command.model} is no PerceptionGPT; only those answer questions")
     model = PerceptionGPT.from_pretrained(command.model).to(choose_device(command.device))
     image = open_image(command.image)
-    asked = [model.question("question", question) for question in command.questions]
-    answers = model.ask([image], [asked or [model.question("grounded")]], command.beams)[0]
+    asked = [model.question(command.task, question) for question in command.questions]
+    torch.manual_seed(command.seed)
+    answers = model.ask([image], [asked or [model.question("grounded")]], **search)[0]
     shown = []
     for question, answer in zip(command.questions or ("",), answers, strict=True):
         found = _named_objects(answer)
@@ -61,6 +76,13 @@ def ask(command: AskCommand) -> None:
             print("\n".join([answer.text, *(f"  {as_text(*item)}" for item in found)]))
     if command.png:
         write_objects(image, [as_object(*item) for item in shown], command.png)
+
+
+def answer_search(search: dict[str, Any]) -> dict[str, Any]:
+    """How `PerceptionGPT.ask` chooses words, by what `PixelLLM.generate` is told."""
+    if "num_beams" in search:
+        return search
+    return {"choose": sampler(search["temperature"], search["top_p"])}
 
 
 def _named_objects(answer: Answer) -> list[tuple[str, Location]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pixelllm.commands.given import check_at_least_one, check_files, load_any_model
+from pixelllm.commands.given import (
+    check_at_least_one,
+    check_files,
+    load_any_model,
+    search_options,
+)
 from pixelllm.images import open_image
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pictures import write_gif, write_still
@@ -98,28 +102,12 @@ def caption(command: CaptionCommand) -> None:
 def check_perception(command: CaptionCommand) -> None:
     """Raise ValueError for what a PerceptionGPT, whose words have no points, cannot do."""
     if not command.box:
-        ask = f'pixelllm ask {command.images[0]} "What is in this picture?"'
+        ask = f"pixelllm ask {command.images[0]} --model {command.model}"
         raise ValueError(f"a PerceptionGPT captions boxes: give --box, or try: {ask}")
     if command.html or command.gif or command.png:
         raise ValueError("--html, --gif and --png show words that point; a PerceptionGPT's do not")
     if command.sample or command.context is not None:
         raise ValueError("--sample and --context: a PerceptionGPT is asked as its recipe asks")
-
-
-def search_options(command: CaptionCommand) -> dict[str, Any]:
-    """How `PixelLLM.generate` chooses words. Raises ValueError naming the option that is wrong."""
-    check_at_least_one("--beams", command.beams)
-    if not command.sample:
-        if (command.temperature, command.top_p, command.seed) != (1.0, 1.0, 0):
-            raise ValueError("--temperature, --top-p and --seed do nothing without --sample")
-        return {"num_beams": command.beams}
-    if command.beams > 1:
-        raise ValueError(f"--beams {command.beams} searches and --sample draws; give one of them")
-    if not 0 < command.temperature < math.inf:
-        raise ValueError(f"--temperature {command.temperature}: expected a number above 0")
-    if not 0 < command.top_p <= 1:
-        raise ValueError(f"--top-p {command.top_p}: expected above 0, and at most 1")
-    return {"do_sample": True, "temperature": command.temperature, "top_p": command.top_p}
 
 
 def caption_images(

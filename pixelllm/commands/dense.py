@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from pixelllm.commands.given import check_at_least_one, check_files, load_model
+from pixelllm.commands.given import check_at_least_one, check_files, holds_perception, load_model
 from pixelllm.dense_page import write_dense_html
 from pixelllm.images import open_image
 from pixelllm.overlays import FoundObject, write_objects
@@ -51,6 +51,8 @@ def dense(command: DenseCommand) -> None:
     check_at_least_one("--max-detections", command.max_detections)
     check_at_least_one("--beams", command.beams)
     check_files(command.images, [command.html, command.png])
+    if holds_perception(command.model):
+        raise ValueError(f"{command.model} is a PerceptionGPT, which has no detector")
     model = load_model(command.model, command.device, command.dtype, command.int8)
     processor, device = model.processor(), next(model.parameters()).device
     results = []

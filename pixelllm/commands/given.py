@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +33,32 @@ def check_at_least_one(option: str, value: int) -> None:
     """Raise ValueError naming the option of a count."""
     if value < 1:
         raise ValueError(f"{option} {value}: expected 1 or more")
+
+
+class Search(Protocol):
+    """The options of a command that writes words."""
+
+    beams: int
+    sample: bool
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def search_options(command: Search) -> dict[str, Any]:
+    """How `PixelLLM.generate` chooses words. Raises ValueError naming the option that is wrong."""
+    check_at_least_one("--beams", command.beams)
+    if not command.sample:
+        if (command.temperature, command.top_p, command.seed) != (1.0, 1.0, 0):
+            raise ValueError("--temperature, --top-p and --seed do nothing without --sample")
+        return {"num_beams": command.beams}
+    if command.beams > 1:
+        raise ValueError(f"--beams {command.beams} searches and --sample draws; give one of them")
+    if not 0 < command.temperature < math.inf:
+        raise ValueError(f"--temperature {command.temperature}: expected a number above 0")
+    if not 0 < command.top_p <= 1:
+        raise ValueError(f"--top-p {command.top_p}: expected above 0, and at most 1")
+    return {"do_sample": True, "temperature": command.temperature, "top_p": command.top_p}
 
 
 def load_model(

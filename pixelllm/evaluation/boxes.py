@@ -67,7 +67,7 @@ def evaluate_regions(
         if not phrases:
             break
         own = {p.id: Region(p.target_box or p.prompt_box, p.caption) for p in phrases}
-        found = caption_regions(model, record, [p.prompt_box for p in phrases], limits.beams)
+        found = caption_regions(model, record, phrases, limits.beams)
         hypotheses |= {p.id: text for p, text in zip(phrases, found, strict=True)}
         regions |= own
         by_image.append(own)
@@ -87,11 +87,15 @@ def evaluate_regions(
 
 
 def caption_regions(
-    model: PixelLLM | PerceptionGPT, record: Record, boxes: Sequence[Box], num_beams: int
+    model: PixelLLM | PerceptionGPT, record: Record, phrases: Sequence[Phrase], num_beams: int
 ) -> list[str]:
-    """A caption for every box of one image."""
+    """A caption for the box, or mask, of every phrase of one image."""
+    boxes = [phrase.prompt_box for phrase in phrases]
     if isinstance(model, PerceptionGPT):
-        described = model.describe_boxes([open_record_image(record)], [boxes], num_beams)
+        reads_masks = model.config.model.vis.read == "mask"
+        masks = [[phrase.mask for phrase in phrases]] if reads_masks else None
+        image = open_record_image(record)
+        described = model.describe_boxes([image], [boxes], num_beams, masks)
         return [caption.text for caption in described[0]]
     device = next(model.parameters()).device
     images, sizes = (part.to(device) for part in frame_images([record], model.config.model.frame))
