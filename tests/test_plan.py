@@ -145,9 +145,15 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
-    [("scenes-tny", "no recipe 'scenes-tny'"), ("scenes-sam", "trains no PixelLLM")],
+    ("arguments", "message"),
+    [
+        (["scenes-tny"], "no recipe 'scenes-tny'"),
+        (["scenes-sam"], "trains no PixelLLM"),
+        (["scenes-tiny", "--gpus", "0"], "--gpus 0: expected 1 or more"),
+        (["scenes-tiny", "--images", "0"], "--images 0: expected 1 or more"),
+        (["scenes-tiny", "--memory", "-1"], "--memory -1.0: expected GiB above 0"),
+    ],
 )
-def test_what_cannot_be_planned_is_refused(recipe: str, message: str):
+def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str):
     with pytest.raises(SystemExit, match=message):
-        main(["plan", recipe])
+        main(["plan", *arguments])

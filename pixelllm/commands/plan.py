@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,10 @@ class PlanCommand:
 
 def plan(command: PlanCommand) -> None:
     for name in ("gpus", "images", "tokens"):
-        check_at_least_one(f"--{name}", getattr(command, name) or 1)
+        value = getattr(command, name)
+        check_at_least_one(f"--{name}", 1 if value is None else value)
+    if not 0 < command.memory < math.inf:
+        raise ValueError(f"--memory {command.memory}: expected GiB above 0")
     config = configure(command)
     found = estimate(config, command)
     print(json.dumps(found, indent=2) if command.json else as_text(found, command))
@@ -161,7 +165,8 @@ def as_text(found: dict[str, Any], command: PlanCommand) -> str:
     flops = (f"{name} {value:,.1f}" for name, value in found["gflops_per_image"].items())
     lines.append(f"GFLOP an image: {', '.join(flops)}")
     lines.append("images/s (estimate: roofline, no communication, no reading of data)")
-    lines += [f"  {name:16}{value:12,.1f}" for name, value in found["images_per_second"].items()]
+    for name, value in found["images_per_second"].items():
+        lines.append(f"  {name:16}{value:12,.{1 if value >= 10 else 3}f}")
     if found["left_out"]:
         lines.append(f"not counted: what the {found['left_out'][0]} computes while it is trained")
     return "\n".join(lines)
