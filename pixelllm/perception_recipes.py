@@ -34,8 +34,8 @@ TINY_CLIP = ClipConfig(
 )
 DESCRIBED = Source("region", phrases_per_image=8, contexts=templates.DESCRIBE)
 GROUNDED = Source("grounded", contexts=templates.GROUND)
-ASKED = Source("question", weight=2, phrases_per_image=8, contexts=templates.SHORT_ANSWER)
-LOCATED = Source("referring", weight=3, phrases_per_image=8, contexts=templates.LOCATE)
+ASKED = Source("question", weight=4, phrases_per_image=8, contexts=templates.SHORT_ANSWER)
+LOCATED = Source("referring", weight=2, phrases_per_image=8, contexts=templates.LOCATE)
 # A mask takes as long to learn from as all the rest of a conversation: fewer are asked for.
 SEGMENTED = Source(
     "referring",
@@ -59,9 +59,9 @@ def names_first(share: float) -> tuple[Source, ...]:
     names = (
         described,
         replace(LOCATED, tables="*named*", weight=1),
-        replace(LOCATED, tables="*kinds*", weight=2),
+        replace(LOCATED, tables="*kinds*"),
     )
-    tasks = (described, GROUNDED, ASKED, LOCATED, SEGMENTED)
+    tasks = (replace(described, weight=2), GROUNDED, ASKED, LOCATED, SEGMENTED)
     return (
         *(replace(source, window=(0.0, share)) for source in names),
         *(replace(source, window=(share, 1.0)) for source in tasks),
@@ -133,10 +133,10 @@ def scenes_perceptiongpt() -> PerceptionConfig:
             ),
         ),
         start=PerceptionStart(clip="runs/scenes-clip"),
-        sources=names_first(0.2),
+        sources=names_first(0.12),
         loss=PerceptionLoss(l1=10.0),
         train=TrainConfig(
-            steps=12_000,
+            steps=20_000,
             batch_size=16,
             lr=5e-4,
             warmup=100,

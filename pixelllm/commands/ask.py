@@ -67,7 +67,8 @@ def ask(command: AskCommand) -> None:
     answers = model.ask([image], [asked or [model.question("grounded")]], **search)[0]
     shown = []
     for question, answer in zip(command.questions or ("",), answers, strict=True):
-        found = _named_objects(answer)
+        unnamed = question if command.task == "referring" else ""
+        found = _named_objects(answer, unnamed)
         shown += found
         if command.json:
             about = {"image": str(command.image), "size_hw": [image.height, image.width]}
@@ -85,9 +86,9 @@ def answer_search(search: dict[str, Any]) -> dict[str, Any]:
     return {"choose": sampler(search["temperature"], search["top_p"])}
 
 
-def _named_objects(answer: Answer) -> list[tuple[str, Location]]:
-    """Every object with the words that mention it."""
-    names = [""] * len(answer.objects)
+def _named_objects(answer: Answer, unnamed: str) -> list[tuple[str, Location]]:
+    """Every object with the words that mention it, or `unnamed` where none do."""
+    names = [unnamed] * len(answer.objects)
     for mention in answer.mentions:
         for number in mention.objects:
             names[number] = answer.text[mention.start : mention.end]
