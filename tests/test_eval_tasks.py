@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Tables
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import eval as command
 from pixelllm.evaluation import boxes
@@ -31,7 +32,9 @@ def phrases_of(table: Path, task: str) -> list:
 
 
 @pytest.mark.parametrize("task", ["referring", "segmentation"])
-def test_every_expression_is_scored(task, tiny_joint, tiny_tables: Tables, tmp_path) -> None:
+def test_every_expression_is_scored(
+    task, tiny_joint, tiny_tables: Tables, tiny_scenes, tmp_path
+) -> None:
     """Catches the official cut at 16, and images whose rows are filled up with padding."""
     known = phrases_of(tiny_tables.val_referring, "referring")
     result = run(tiny_joint, task, tiny_tables.val_referring, tmp_path, batch_size=4)
@@ -44,8 +47,19 @@ def test_every_expression_is_scored(task, tiny_joint, tiny_tables: Tables, tmp_p
     entries = json.loads((tmp_path / f"{task}_results.json").read_text())
     assert Counter(e["id"] for e in entries) == Counter(p.id for _, p in known)
     captions = {p.id: p.caption for _, p in known}
-    assert all(entry["caption"] == captions[entry["id"]] for entry in entries)
+    assert all(entry["expression"] == captions[entry["id"]] for entry in entries)
     assert all(("segmentation" in entry) == (task == "segmentation") for entry in entries)
+    rescore(tiny_scenes, tmp_path / f"{task}_results.json", "segm" if len(task) > 9 else "bbox")
+
+
+def rescore(scenes: Path, results: Path, kind: str) -> None:
+    """As others do; what has captions is no detection for pycocotools."""
+    truth = COCO(scenes / "annotations" / "instances_val.json")
+    scored = COCOeval(truth, truth.loadRes(str(results)), kind)
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    assert 0 <= scored.stats[0] <= 1
 
 
 def test_batches_change_no_location(tiny_joint, tiny_tables: Tables, tmp_path) -> None:
@@ -71,6 +85,7 @@ def test_every_region_is_captioned(tiny_joint, tiny_tables: Tables, tmp_path) ->
     assert names <= set(result["metrics"])
     written = json.loads((tmp_path / "region_results.json").read_text())
     assert [entry["id"] for entry in written] == [phrase.id for _, phrase in known]
+    assert len({entry["image_id"] for entry in written}) == len(known)
 
 
 @needs_meteor
@@ -86,6 +101,7 @@ def test_dense_captions_are_written_for_other_tools(
     truth = COCO(tiny_scenes / "annotations" / "instances_val.json")
     assert {entry["image_id"] for entry in entries} <= set(truth.getImgIds())
     assert all({"bbox", "score", "caption"} <= entry.keys() for entry in entries)
+    rescore(tiny_scenes, tmp_path / "dense_boxes.json", "bbox")
 
 
 @needs_meteor

@@ -11,10 +11,11 @@ import torch
 from conftest import TINY_DETECTOR, TINY_MASKS, make_tiny_joint_config
 from PIL import Image
 
+from pixelllm.config import StartConfig
 from pixelllm.generation import CaptionedBox
 from pixelllm.pretrained import PixelLLM
 from pixelllm.processor import Processor
-from pixelllm.training.captioning import start_from_sam
+from pixelllm.training.captioning import build_model, start_from_sam, with_mask_decoder
 
 SIZES = [(48, 64), (60, 40), (30, 90)]
 
@@ -144,6 +145,22 @@ def test_a_grown_mask_decoder_is_that_of_the_published_sam(tmp_path: Path, tiny_
     model.grow(replace(config, model=replace(plain, sam=sam, masks=TINY_MASKS)), model.tokenizer)
     for name, tensor in model.mask_head.decoder.state_dict().items():
         assert torch.equal(tensor, other.mask_head.decoder.state_dict()[name]), name
+
+
+def test_a_frozen_mask_decoder_comes_from_somewhere(tiny_run, tiny_model):
+    """A recipe of masks alone names no SAM of its own: it would train on random weights."""
+    config = make_tiny_joint_config(start=StartConfig(run=str(tiny_run.main)))
+    language = tiny_model.config.model.language
+    config = replace(
+        config,
+        model=replace(config.model, language=language),
+        train=replace(config.train, frozen=("mask_head.decoder",)),
+    )
+    with pytest.raises(ValueError, match="frozen and would stay random; give --model.sam.weights"):
+        build_model(config, tiny_model.tokenizer)
+    assert with_mask_decoder(config, "sam.pth").model.sam.weights == "sam.pth"
+    start = replace(config.start, sam=str(tiny_run.sam))
+    assert build_model(replace(config, start=start), tiny_model.tokenizer).mask_head is not None
 
 
 def test_a_model_of_all_tasks_comes_back_the_same(tiny_joint_model, pictures, tmp_path: Path):

@@ -71,7 +71,10 @@ def evaluate_regions(
         hypotheses |= {p.id: text for p, text in zip(phrases, found, strict=True)}
         regions |= own
         by_image.append(own)
-        results += [{"id": p.id, "caption": hypotheses[p.id]} for p in phrases]
+        results += [
+            {"image_id": image_number(p.id), "id": p.id, "caption": hypotheses[p.id]}
+            for p in phrases
+        ]
     references = {name: [region.caption] for name, region in regions.items()}
     captions = captions or [region.caption for region in regions.values()]
     drawn = dict(zip(regions, random_captions(len(regions), captions), strict=True))
@@ -147,12 +150,16 @@ def evaluate_dense(
     middle = {name: [Detection(MIDDLE, 1.0, c)] for name, c in zip(truths, drawn, strict=True)}
     sizes = {image_number(record.id): record.size for record, _ in chosen}
     numbered = {image_number(name): objects for name, objects in found.items()}
+    boxes = {name: [o._replace(caption=None) for o in some] for name, some in numbered.items()}
     return Evaluation(
         metrics=_main(score_dense_captions(found, truths, similarity)),
         baselines=_main(score_dense_captions(middle, truths, similarity)),
         num_examples=len(chosen),
         trivial="a box of half the sides in the middle, with a random training caption",
-        predictions={"dense_results.json": json.dumps(coco_results(numbered, sizes))},
+        predictions={
+            "dense_results.json": json.dumps(coco_results(numbered, sizes)),
+            "dense_boxes.json": json.dumps(coco_results(boxes, sizes)),  # for pycocotools
+        },
     )
 
 

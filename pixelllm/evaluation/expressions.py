@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -151,14 +150,11 @@ def score_found(found: list[Referred], with_masks: bool) -> Scores:
 
 
 def results(found: list[Referred]) -> list[dict]:
-    """In COCO's results format, with the expression as `caption` and its id."""
-    by_image, sizes, ids = defaultdict(list), {}, []
-    for item in sorted(found, key=lambda item: item.record.id):
-        image_id = image_number(item.record.id)
-        where = item.location
-        detection = Detection(where.box, where.score, item.phrase.caption, where.mask)
-        by_image[image_id].append(detection)
-        sizes[image_id] = item.record.size
-        ids.append(item.phrase.id)
-    entries = coco_results(by_image, sizes)
-    return [{**entry, "id": name} for entry, name in zip(entries, ids, strict=True)]
+    """In COCO's results format, with each expression and its id."""
+    entries = []
+    for item in found:
+        image_id, where = image_number(item.record.id), item.location
+        detection = Detection(where.box, where.score, mask=where.mask)
+        (entry,) = coco_results({image_id: [detection]}, {image_id: item.record.size})
+        entries.append({**entry, "expression": item.phrase.caption, "id": item.phrase.id})
+    return entries

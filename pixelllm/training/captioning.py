@@ -192,6 +192,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         shared = replace(config.model, masks=model.config.model.masks)
         shared = replace(shared, detector=model.config.model.detector)
         check_same(shared, model.config.model, str(start.run))
+        if model.mask_head is None:
+            config = with_mask_decoder(config, model.config.model.sam.weights)
         model.grow(config, tokenizer)
     else:
         model = PixelLLM(config, tokenizer, published=PUBLISHED)
@@ -204,6 +206,22 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
         model.eva02.load_state_dict(branch.state_dict())
     return model
+
+
+def with_mask_decoder(config: Config, sam_weights: str | None) -> Config:
+    """The recipe of a mask head that is new, its SAM by default the one that the run started from.
+
+    Raises ValueError where SAM's mask decoder is frozen and nothing says where it comes from.
+    """
+    if config.model.masks is None or config.start.sam is not None:
+        return config
+    sam = replace(config.model.sam, weights=config.model.sam.weights or sam_weights)
+    if sam.weights is None and {"mask_head", "mask_head.decoder"} & set(config.train.frozen):
+        raise ValueError(
+            f"{config.name}: SAM's mask decoder is frozen and would stay random; give "
+            "--model.sam.weights sam_vit_h_4b8939.pth, or --start.sam a run of a small SAM"
+        )
+    return replace(config, model=replace(config.model, sam=sam))
 
 
 def start_from_eyes(model: PixelLLM, folder: str) -> None:
