@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from pycocotools import mask as coco_mask
 
 from data.localized_narratives import image_candidates, image_size
+from pixelllm.mask_codes import checked_mask
 from pixelllm.records import Box, Phrase, Record
 
 Size = tuple[int, int]  # (H, W)
 CHUNK = 2**20  # characters that `stream_list` reads at a time
 LONGEST_ENTRY = 2**25  # characters; published entries stay far below
+FARTHEST = 10  # image sides that a polygon may lie outside
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -192,26 +194,17 @@ def clip_box(box_px: Any, name: str, size: Size) -> Box | None:
 
 
 def encode_mask(segmentation: Any, name: str, size: Size) -> dict[str, Any] | None:
-    """Compressed run lengths of a segmentation in any of COCO's three forms; None without one.
-
-    Everything is checked first, because pycocotools reads past the end of what is corrupt.
-    """
+    """Compressed run lengths of a segmentation in any of COCO's three forms; None without one."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):
         return _encode_polygons(segmentation, name, size)
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+    if not isinstance(segmentation, dict):
         raise ValueError(f"{name}: segmentation is neither polygons nor {{size, counts}}")
-    if list(segmentation["size"]) != list(size):
-        raise ValueError(f"{name}: mask of size {segmentation['size']} on an image of {size}")
-    counts = segmentation["counts"]
-    runs = _decode_counts(counts) if isinstance(counts, str) else counts
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != size[0] * size[1]:
-        remedy = "is the file damaged?"
-        raise ValueError(f"{name}: corrupt run lengths, they do not fill {size}; {remedy}")
-    if not isinstance(counts, str):
-        counts = coco_mask.frPyObjects(segmentation, *size)["counts"].decode()
-    return {"size": list(size), "counts": counts}
+    stated = segmentation.get("size")
+    if isinstance(stated, list) and stated != list(size):
+        raise ValueError(f"{name}: mask of size {stated} on an image of {size}")
+    return checked_mask(segmentation, name)
 
 
 def _encode_polygons(polygons: list[Any], name: str, size: Size) -> dict[str, Any] | None:
@@ -219,28 +212,11 @@ def _encode_polygons(polygons: list[Any], name: str, size: Size) -> dict[str, An
         numbers = isinstance(polygon, list) and all(isinstance(x, int | float) for x in polygon)
         if not numbers or len(polygon) % 2:
             raise ValueError(f"{name}: a polygon is not a list of x, y, x, y… but {polygon!r:.60}")
+        # pycocotools draws every pixel of a border, however far outside the image it runs
+        if not all(abs(x) <= FARTHEST * max(size) for x in polygon):
+            raise ValueError(f"{name}: a polygon far outside its image of {size}: {polygon!r:.60}")
     areas = [polygon for polygon in polygons if len(polygon) >= 6]
     if not areas:
         return None
     encoded = coco_mask.merge(coco_mask.frPyObjects(areas, *size))
     return {"size": list(size), "counts": encoded["counts"].decode()}
-
-
-def _decode_counts(counts: str) -> list[int]:
-    """Run lengths of COCO's compressed form: five bits a character, differences from the third on.
-
-    Returns [-1] where a character is out of range or a number is cut off.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for code in (ord(character) - 48 for character in counts):
-        if not 0 <= code < 64:
-            return [-1]
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:  # the number's last character, with its sign
-            if code & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs if shift == 0 else [-1]

@@ -57,7 +57,7 @@ def load_annotations(files: list[Path], expressions: Naming | None = None) -> An
     for file in files:
         content = check_coco(file, load_json(file))
         images.update({image["id"]: image for image in content["images"]})
-        for entry in content.get("categories", ()):
+        for entry in _categories(content, file):
             categories[entry["id"]] = entry["name"]
             if expressions:
                 called[entry["id"]] = _called(entry, expressions, file)
@@ -69,6 +69,17 @@ def load_annotations(files: list[Path], expressions: Naming | None = None) -> An
             name = f"{file_name}: annotation {annotation['id']}"
             raise ValueError(f"{name} is of image {image_id}, which no file describes")
     return Annotations(images, by_image, categories, called)
+
+
+def _categories(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    """Raises ValueError naming the category that has no id or name."""
+    entries = content.get("categories") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: categories are no list but {entries!r:.60}")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not {"id", "name"} <= entry.keys():
+            raise ValueError(f"{file}: categories[{number}] has no id and name: {entry!r:.60}")
+    return entries
 
 
 def _called(category: dict[str, Any], expressions: Naming, file: Path) -> str:

@@ -6,7 +6,7 @@ they have a corner wherever a border turns, and holes are polygons of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,54 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(code: dict[str, Any]) -> np.ndarray:
     """The inverse of `encode_mask`: bool[H, W]."""
     return coco_mask.decode(code).astype(bool)
+
+
+def checked_mask(code: Any, name: str) -> dict[str, Any]:
+    """Run lengths, compressed or not, as compressed ones that fill their size.
+
+    pycocotools reads past the end of what is corrupt, or never comes to an end.
+
+    Raises ValueError beginning with the name and saying what is wrong.
+    """
+    if not isinstance(code, Mapping) or not {"size", "counts"} <= code.keys():
+        found = f"with keys {sorted(code)}" if isinstance(code, Mapping) else f"{code!r:.60}"
+        raise ValueError(f"{name}: mask {found}; expected 'size' and 'counts'")
+    size, counts = code["size"], code["counts"]
+    is_size = isinstance(size, list | tuple) and [type(n) for n in size] == [int, int]
+    if not is_size or not isinstance(counts, str | bytes | list):
+        raise ValueError(
+            f"{name}: mask of size {size!r:.40} with counts {counts!r:.40}; expected [H, W] and "
+            "run lengths, as a list or compressed"
+        )
+    if isinstance(counts, bytes):
+        counts = counts.decode("latin-1")
+    runs = _decode_counts(counts) if isinstance(counts, str) else counts
+    if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != size[0] * size[1]:
+        remedy = "is the file damaged?"
+        raise ValueError(f"{name}: corrupt run lengths, they do not fill {tuple(size)}; {remedy}")
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode()
+    return {"size": list(size), "counts": counts}
+
+
+def _decode_counts(counts: str) -> list[int]:
+    """Run lengths of COCO's compressed form: five bits a character, differences from the third on.
+
+    Returns [-1] where a character is out of range or a number is cut off.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in (ord(character) - 48 for character in counts):
+        if not 0 <= code < 64:
+            return [-1]
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the number's last character, with its sign
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if shift == 0 else [-1]
 
 
 def trace_mask(mask: np.ndarray) -> list[Polygon]:

@@ -163,6 +163,20 @@ def test_a_missing_image_is_named_or_skipped(corpus, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": 1}], r"categories\[0\] has no id and name"),
+        ([{"name": "cat"}], r"categories\[0\] has no id and name"),
+        ({"1": "cat"}, "categories are no list"),
+    ],
+)
+def test_bad_categories_are_named(corpus, tmp_path: Path, categories: Any, message: str):
+    folder, write = corpus
+    with pytest.raises(ValueError, match=f"instances.json: {message}"):
+        convert([write([instance(1)], categories=categories)], folder, tmp_path / "table")
+
+
+@pytest.mark.parametrize(
     ("annotation", "message"),
     [
         (instance(5, category_id=8), "annotation 5 of image 1: category 8"),

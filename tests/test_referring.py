@@ -166,6 +166,9 @@ def test_bad_input_is_named():
         score_referred_masks({"a": mask["a"].astype(np.uint8)}, mask, box)
     with pytest.raises(ValueError, match="a: mask with keys"):
         score_referred_masks({"a": {"counts": "x"}}, mask, box)
+    for counts in ("0", "@@@zz", [5, 3]):  # pycocotools never comes back from these
+        with pytest.raises(ValueError, match="a: corrupt run lengths"):
+            score_referred_masks({"a": {"size": [4, 6], "counts": counts}}, mask, box)
 
 
 @pytest.mark.parametrize("name", perception_names("metrics"))

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from pycocotools import mask as coco_mask
 
 from pixelllm.evaluation.overlap import box_iou, check_same_ids, checked_boxes
+from pixelllm.mask_codes import checked_mask
 
 Mask = Mapping[str, Any] | np.ndarray  # COCO run lengths, or bool[H, W]
 _UNION_GUARD = 1e-5  # pixels, the official guard of the quotients, kept for equal numbers
@@ -92,11 +93,7 @@ def _run_lengths(mask: Mask, key: str) -> dict[str, Any]:
         if mask.ndim != 2 or mask.dtype != bool:
             raise ValueError(f"{key}: mask {mask.dtype}{list(mask.shape)}; expected bool[H, W]")
         return coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    if not {"size", "counts"} <= mask.keys():
-        raise ValueError(f"{key}: mask with keys {sorted(mask)}; expected 'size' and 'counts'")
-    if isinstance(mask["counts"], list):
-        return coco_mask.frPyObjects(dict(mask), *mask["size"])
-    return dict(mask)
+    return checked_mask(mask, key)
 
 
 def _area(mask: dict[str, Any]) -> float:
