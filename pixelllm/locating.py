@@ -26,8 +26,10 @@ class Location:
     """What an expression points at.
 
     `box` is xyxy in [0, 1] of the image. `score` is the probability per word that the model
-    gives the expression as a caption of that box: low where nothing there fits. `mask` is COCO's
-    run-length encoding at the image's size, None where none was asked for.
+    gives the expression as a caption of that box. It compares captions of one form: words that
+    captions do not have (relations, "the") make it small whatever is there, so it does not tell
+    whether the image has such an object. `mask` is COCO's run-length encoding at the image's
+    size, None where none was asked for.
     """
 
     box: Box
