@@ -1,6 +1,6 @@
 """What many boxes and many expressions of one image cost: time and memory by their number.
 
-    python benchmarks/regions.py runs/quickstart
+    python benchmarks/regions.py runs/quickstart runs/quickstart/data/narrations_val
 
 captions random boxes of one image greedily, the image encoded once, then as many images with one
 box each, then locates expressions. Ratios compare processor time, which other jobs on the machine
@@ -84,9 +84,9 @@ def print_curve(title: str, call: Callable[[int], object]) -> None:
         print(f"{count:6}{seconds:10.3f}{busy:11.3f}{busy / one:8.1f}{peak:9.0f}")
 
 
-def main(run: Path) -> None:
+def main(run: Path, table: Path) -> None:
     model = PixelLLM.from_pretrained(run)
-    record = Table(run / "data" / "narrations_val")[0]
+    record = Table(table)[0]
     image, boxes = open_record_image(record), random_boxes(max(COUNTS))
     words = record.phrases[0].caption.split()
     texts = [" ".join(words[i % len(words) :][:5]) for i in range(max(COUNTS))]
@@ -99,6 +99,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

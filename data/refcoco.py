@@ -73,11 +73,13 @@ class Options:
         leaks: tables or annotation files; count the images shared with each of their splits
             other than train.
         drop_leaks: the same, and leave those images out.
+        regions: every expression is the caption of its box as well, as in RefCOCOg's captioning.
         skip_missing: drop and count images whose file is missing.
     """
 
     images: Path
     split: str | None = None
+    regions: bool = False
     leaks: tuple[Path, ...] = ()
     drop_leaks: tuple[Path, ...] = ()
     skip_missing: bool = False
@@ -276,7 +278,7 @@ def read_records(
     for referent in referents:
         number = coco_number(referent.image)
         by_image[referent.source, referent.image if number is None else number].append(referent)
-    seen: Counter[str] = Counter()
+    seen: Counter[int | str] = Counter()
     for (source, image), found in by_image.items():
         if leaks.drops(image):
             continue
@@ -287,14 +289,18 @@ def read_records(
         tried = image_paths(options.images, first.image, source)
         name = image if isinstance(image, int) else Path(image).stem
         picture = Picture(f"{first.name}: {first.image}", name, tried, first.entry)
-        phrases_at = partial(_phrases, found, report, seen)
+        phrases_at = partial(_phrases, found, options.regions, report, seen)
         record = read_record(picture, phrases_at, report, options.skip_missing)
         if record:
             yield record
 
 
 def _phrases(
-    found: list[Referent], report: dict[str, Any], seen: Counter[str], size: Size
+    found: list[Referent],
+    regions: bool,
+    report: dict[str, Any],
+    seen: Counter[int | str],
+    size: Size,
 ) -> Iterator[Phrase]:
     """Ids that several files use end in "#n" from the second on."""
     for referent in found:
@@ -308,10 +314,12 @@ def _phrases(
             if not text or box is None:
                 drop(report, "empty box" if text else "empty expression")
                 continue
-            name = f"referring/{number}"
-            seen[name] += 1
-            name += f"#{seen[name] - 1}" if seen[name] > 1 else ""
-            yield Phrase(name, "referring", text, context=text, target_box=box, mask=mask)
+            seen[number] += 1
+            name = f"{number}#{seen[number] - 1}" if seen[number] > 1 else str(number)
+            target = {"target_box": box, "mask": mask}
+            yield Phrase(f"referring/{name}", "referring", text, context=text, **target)
+            if regions:
+                yield Phrase(f"region/{name}", "region", text, prompt_box=box, **target)
 
 
 def convert(files: list[Path], options: Options, out: Path) -> dict[str, Any]:

@@ -112,6 +112,16 @@ def python2_pickle(text: bytes) -> bytes:
     return b"\x80\x02]q\x01}q\x02U\x04sentq\x03U" + bytes([len(text)]) + text + b"q\x04sa."
 
 
+def test_expressions_are_captions_of_their_boxes_where_asked(tmp_path: Path, images: Path):
+    files = write_refer(tmp_path / "refcoco")
+    convert(files, Options(images, "val", regions=True), tmp_path / "table")
+    (record,) = Table(tmp_path / "table")
+    expression, region = record.phrases
+    assert (region.id, region.task, region.caption) == ("region/40", "region", "dog")
+    assert region.prompt_box == region.target_box == expression.target_box
+    assert expression.prompt_box is None and region.context == ""
+
+
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_and_its_instances_become_records_by_image(
     tmp_path: Path, images: Path, protocol: int
