@@ -37,7 +37,10 @@ class ShardedTable:
     def __init__(self, source: Path | str) -> None:
         self.path = str(source)
         self.name = self.path.rstrip("/").rsplit("/", 1)[-1]
-        self._system, path = fsspec.core.url_to_fs(self.path)
+        try:
+            self._system, path = fsspec.core.url_to_fs(self.path)
+        except ImportError as error:  # the package of the storage, which it names
+            raise ValueError(f"{self.path}: {error}") from error
         self._paths = self._shards(path)
         with self._system.open(self._paths[0], "rb") as file:
             try:
@@ -80,11 +83,15 @@ class ShardedTable:
     def phrases(self, limit: int) -> Iterator[pa.StructArray]:
         """The phrases of the first `limit` records."""
         for path in self._paths:
+            if limit <= 0:
+                return
             with self._system.open(path, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=["phrases"]):
-                    if limit <= 0:
-                        return
-                    yield batch.column("phrases").slice(0, limit).flatten()
+                try:
+                    shard = pq.ParquetFile(file)
+                except pa.ArrowInvalid as error:
+                    raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+                for batch in shard.iter_batches(ROW_GROUP, columns=["phrases"]):
+                    yield batch.column("phrases").slice(0, max(limit, 0)).flatten()
                     limit -= len(batch)
 
 

@@ -144,6 +144,8 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="a shard beside .*00000.parquet is damaged"):
         ids(walk(table), COUNT // 4)
+    with pytest.raises(ValueError, match="00003.parquet is not a whole Parquet file"):
+        list(table.phrases(COUNT))
 
 
 # --- in the mixture and its loader ---

@@ -287,7 +287,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     train(toy_stage(config), config, tmp_path, resume=False)
     file = tmp_path / "checkpoints" / "step-00000002" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="step-00000002/state.safetensors: not a readable file"):
+    damaged = "step-00000002/state.safetensors: not a readable file.*; remove .* go on from step 0"
+    with pytest.raises(ValueError, match=damaged):
+        train(toy_stage(config), config, tmp_path, resume=True)
+    file.unlink()
+    with pytest.raises(ValueError, match="0 of its 1 .safetensors files are there; remove"):
+        train(toy_stage(config), config, tmp_path, resume=True)
+    (file.parent / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="step-00000002/state.json: missing or damaged"):
         train(toy_stage(config), config, tmp_path, resume=True)
 
 

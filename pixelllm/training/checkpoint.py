@@ -33,6 +33,7 @@ from pixelllm.training.parallel import ALONE, Processes
 from pixelllm.weights import read_weights, require_fit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_FILE = "state.json"
 START_FOLDER = "start"  # of a run: the model before the first step
 
 
@@ -63,9 +64,8 @@ class TrainingState:
                 tensors[f"{moment}.{name}"] = value
         return tensors
 
-    def load(self, folder: Path) -> None:
-        """Read a checkpoint. Raises ValueError naming a damaged file, or keys that do not fit."""
-        stored = stored_tensors(folder)
+    def load(self, folder: Path, stored: dict[str, Tensor]) -> None:
+        """Read a checkpoint of `stored_tensors`. Raises ValueError listing keys that do not fit."""
         weights = self.weights()
         found = {key[7:]: tensor for key, tensor in stored.items() if key[:7] == "weight."}
         require_fit(found, weights, "the checkpoint")
@@ -115,7 +115,8 @@ class CheckpointFolder:
                             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
                             write_tensors(whole, beside / "state.safetensors")
                         facts = {"step": step, "scores": state.scores, "loader": state.loader}
-                        (beside / "state.json").write_text(json.dumps(facts))
+                        facts["files"] = len(list(beside.glob("*.safetensors")))
+                        (beside / STATE_FILE).write_text(json.dumps(facts))
                     self._remove_old()
         except OSError as error:
             raise OSError(
@@ -149,12 +150,20 @@ class CheckpointFolder:
         return self.processes.gather([0, *self.steps()][-1])[0]
 
     def load_newest(self, state: TrainingState) -> int:
-        """Load the newest checkpoint, however many processes wrote it; returns its step or 0."""
+        """Load the newest checkpoint, however many processes wrote it; returns its step or 0.
+
+        Raises ValueError naming a damaged file and what is left, or keys that do not fit.
+        """
         step = self.newest()
         if step:
             with self.processes.together():
-                state.load(self.path(step))
-                facts = json.loads((self.path(step) / "state.json").read_text())
+                try:
+                    stored, facts = stored_tensors(self.path(step)), stored_facts(self.path(step))
+                except ValueError as error:
+                    before = [0, *self.steps()][-2]
+                    remedy = f"remove {self.path(step)} to go on from step {before}"
+                    raise ValueError(f"{error}; {remedy}") from error
+                state.load(self.path(step), stored)
             state.scores = facts["scores"]
             state.loader = facts.get("loader", {})  # absent in runs from before data were streamed
         return step
@@ -163,7 +172,7 @@ class CheckpointFolder:
         """The step with the lowest first validation score."""
         scored = []
         for step in self.steps():
-            scores = json.loads((self.path(step) / "state.json").read_text())["scores"]
+            scores = stored_facts(self.path(step))["scores"]
             if scores:
                 scored.append((next(iter(scores.values())), step))
         return min(scored)[1] if scored else None
@@ -177,12 +186,25 @@ class CheckpointFolder:
             shutil.rmtree(old)
 
 
+def stored_facts(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors. Raises ValueError naming a file that is damaged."""
+    file = folder / STATE_FILE
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{file}: missing or damaged ({error})") from error
+
+
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Names, shapes and dtypes in a checkpoint, as tensors without memory.
 
-    Raises ValueError naming a file that is damaged.
+    Raises ValueError naming a file that is damaged, or saying how many are gone.
     """
-    for file in folder.glob("*.safetensors"):
+    files = sorted(folder.glob("*.safetensors"))
+    expected = stored_facts(folder).get("files", 1)
+    if len(files) < expected:
+        raise ValueError(f"{folder}: {len(files)} of its {expected} .safetensors files are there")
+    for file in files:
         read_weights(file)
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
