@@ -113,6 +113,8 @@ def test_pixels_and_shares_of_a_box_are_the_same(tiny_run, images, capsys):
 
 def test_several_boxes_give_a_caption_each(tiny_run, images, capsys):
     boxes = ["--box", "0", "0", "1", "1", "--box", "0.1", "0.2", "0.3", "0.4"]
+    caption(tiny_run, images[0], *boxes)
+    assert "[0.100 0.200 0.300 0.400]: " in capsys.readouterr().out
     caption(tiny_run, *images[:2], "--json", *boxes, "--context", "a red car")
     results = printed_json(capsys)
     assert [result["image"] for result in results] == [n for n in images[:2] for _ in range(2)]

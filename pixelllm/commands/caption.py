@@ -146,8 +146,10 @@ def boxes_for(command: CaptionCommand, path: Path, size: tuple[int, int]) -> lis
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The caption and a line per word."""
-    lines = [f"{result['image']}: {result['caption']}"]
+    """The caption, after its box if it is of one, and a line per word."""
+    box = " ".join(f"{value:.3f}" for value in result.get("prompt_box", ()))
+    about = f"{result['image']} [{box}]" if box else result["image"]
+    lines = [f"{about}: {result['caption']}"]
     for word in result["words"]:
         x, y = word["point"]
         lines.append(f"  {word['text']:16} ({x:.3f}, {y:.3f})  log p {word['log_prob']:.2f}")
