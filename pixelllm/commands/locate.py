@@ -50,6 +50,11 @@ def locate(command: LocateCommand) -> None:
     if not command.texts:
         example = f'pixelllm locate {command.image} "the red car on the left"'
         raise ValueError(f"no expression given; try: {example} --model {command.model}")
+    empty = [number for number, text in enumerate(command.texts) if not text.strip()]
+    if empty:
+        raise ValueError(
+            f"expression {empty[0]} is empty; say what to look for, e.g. 'the red car'"
+        )
     check_files([command.image], [command.png])
     model = load_any_model(command.model, command.device, command.dtype, command.int8)
     image = open_image(command.image)
