@@ -16,8 +16,15 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from pixelllm.asked_images import (
+    EncodedMask,
+    Rows,
+    check_one_each,
+    size_of,
+    to_location,
+    to_referent,
+)
 from pixelllm.box_text import read_boxes, spell
-from pixelllm.boxes import order_corners
 from pixelllm.chats import ChatBatch, collate_chats, decode_answer, encode_chat
 from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_config, save_weights
 from pixelllm.conversations import Conversation, Referent
@@ -27,16 +34,14 @@ from pixelllm.loading import WithoutInitialValues
 from pixelllm.locating import Location
 from pixelllm.marked_text import VIS, Mention, cut_unfinished, parse_marked
 from pixelllm.markers import MARKERS, marker_ids
-from pixelllm.mask_codes import encode_mask
 from pixelllm.model_card import model_card
 from pixelllm.models.answering import Answers, Choose, most_probable, write_answers
 from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
 from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import TRUNK_FOLDER, special_ids
-from pixelllm.processor import check_box
 from pixelllm.records import Box
-from pixelllm.squares import square_image, unsquare_boxes, unsquare_mask
+from pixelllm.squares import square_image
 from pixelllm.templates import ANSWER, CAPTION, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
 
 PUBLISHED = ("language", "clip")  # parts whose weights a config can name
@@ -48,7 +53,6 @@ WORDINGS = {
     "question": SHORT_ANSWER[0],
     "conversation": CONVERSE[0],
 }
-EncodedMask = dict[str, Any]  # COCO's run-length encoding
 NOWHERE: Box = (0.0, 0.0, 1.0, 1.0)  # of an object that the model is to find
 
 
@@ -362,17 +366,6 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return pixels.to(device), batch.to(device), Rows(width, [len(found) for found in asked])
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Images have `width` rows each, of which the first `counts[i]` were asked for."""
-
-    width: int
-    counts: list[int]
-
-    def of(self, found: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return [list(row[:n]) for row, n in zip(found, self.counts, strict=True)]
-
-
 def named_parts(config: PerceptionConfig) -> list[str]:
     """Published parts that saved models name the source of: those that do not learn."""
     if config.include_frozen:
@@ -383,36 +376,6 @@ def named_parts(config: PerceptionConfig) -> list[str]:
         "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
     }
     return [part for part in PUBLISHED if is_named[part]]
-
-
-def check_one_each(images: Sequence[Image], given: Sequence[Any], what: str) -> None:
-    """Raise ValueError unless there is a list for every image, and something in it."""
-    if not images or len(images) != len(given):
-        raise ValueError(f"{len(given)} lists of {what} for {len(images)} images")
-    for number, of_image in enumerate(given):
-        if isinstance(of_image, str) or not of_image:
-            raise ValueError(f"image {number}: expected a list of {what}, not {of_image!r}")
-
-
-def to_referent(box: Box, mask: EncodedMask | None, size: tuple[int, int]) -> Referent:
-    """An object of an image of this size. Raises ValueError for a wrong box, or mask's size."""
-    if mask is not None and tuple(mask["size"]) != size:
-        raise ValueError(f"mask of {tuple(mask['size'])} (H, W) for an image of {size}")
-    return Referent(check_box(tuple(map(float, box))), mask)
-
-
-def size_of(image: Image) -> tuple[int, int]:
-    return image.height, image.width
-
-
-def to_location(box: Tensor, score: float, mask: Tensor | None, size: tuple[int, int]) -> Location:
-    """A box float[4] and mask logits float[h, w] over the square, on the image of this size."""
-    inside = unsquare_boxes(order_corners(box.float()), size).cpu().tolist()
-    if mask is None:
-        return Location(tuple(inside), score)
-    return Location(
-        tuple(inside), score, encode_mask((unsquare_mask(mask, size) > 0).cpu().numpy())
-    )
 
 
 def without_marks(text: str) -> str:
