@@ -3,8 +3,9 @@
     python -m data.llava llava_v1_5_mix665k.json --images llava --out tables/llava
 
 Reads llava_v1_5_mix665k.json and files in its layout, e.g. ShareGPT4V's (Liu et al. 2023). As in
-the official release, entries without an image are left out, `<image>` markers are removed, and
-the turns of a conversation are independent: no question sees the answers before it.
+the official release, entries without an image are left out and `<image>` markers are removed. The
+turns of a conversation are phrases in its order: PixelLLM's release takes each on its own, and so
+does a source unless it is told that they are rounds (`Source.in_turn`).
 """
 
 from __future__ import annotations

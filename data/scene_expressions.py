@@ -255,6 +255,30 @@ def questions(rng: Random, scene: Scene, world: World, for_training: bool) -> li
     return chosen
 
 
+def follow_ups(rng: Random, scene: Scene, for_training: bool) -> list[tuple[str, str]]:
+    """A question that is answered by an object, and questions about "it", the last one named.
+
+    Empty where no object is told by a relation; `for_training` as in `expressions`.
+    """
+    rounds: list[tuple[str, str]] = []
+    anchors, told = rng.sample(scene.objects, len(scene.objects)), set()
+    while len(rounds) < 6:
+        places = [(a, r) for a in anchors for r in rng.sample(list(RELATIONS), len(RELATIONS))]
+        pairs = ((a, pair) for a, r in places for pair in _what_is(rng, scene, a, r, for_training))
+        named = [t for t in scene.objects if f"{t.colour} {t.kind}" not in told]
+        found = ((a, q, t) for a, (q, name) in pairs for t in named
+                 if name == f"{t.colour} {t.kind}")  # fmt: skip
+        anchor, question, thing = next(found, (None, "", None))
+        if thing is None:
+            break
+        last = f"the {anchor.colour} {anchor.kind}"
+        rounds.append((question.replace(last, "it") if rounds else question,
+                       f"{thing.colour} {thing.kind}"))  # fmt: skip
+        rounds.append(("Which size does it have?", thing.size))
+        anchors, told = [thing], told | {last.removeprefix("the "), rounds[-2][1]}
+    return rounds
+
+
 def _how_many(nouns: str) -> str:
     return f"How many {nouns} are there?"
 

@@ -48,6 +48,7 @@ class Example:
     phrases: list[str]  # a region phrase per object
     expressions: list[Expression]
     questions: list[tuple[str, str]]  # with answers
+    talk: list[tuple[str, str]]  # rounds, where what is said depends on what was; or nothing
     captions: list[list[Part]]  # grounded sentences
 
     @property
@@ -83,7 +84,9 @@ def entries_of(example: Example) -> Entries:
         "visual_genome/region_descriptions.json": {WHOLE: _texts([_regions(example, objects)])},
         "visual_genome/image_data.json": {WHOLE: _texts([_image_data(example)])},
         "visual_genome/densecap_splits.json": {split: [str(example.image_id)]},
-        f"llava_{split}.json": {WHOLE: _texts([_llava(example)])},
+        f"llava_{split}.json": {WHOLE: _texts([_llava(example, example.questions)])},
+        f"talks_{split}.json": {
+            WHOLE: _texts([_llava(example, example.talk)]) if example.talk else []},
     }  # fmt: skip
     lines = {
         f"scenes_{split}_localized_narratives.jsonl": json.dumps(narrative_line(example)),
@@ -254,10 +257,10 @@ def _image_data(example: Example) -> dict[str, Any]:
             "url": f"{example.split}/{name}", "coco_id": None, "flickr_id": None}  # fmt: skip
 
 
-def _llava(example: Example) -> dict[str, Any]:
+def _llava(example: Example, rounds: list[tuple[str, str]]) -> dict[str, Any]:
     """A conversation in the layout of LLaVA's instruction files."""
     turns = []
-    for number, (question, answer) in enumerate(example.questions):
+    for number, (question, answer) in enumerate(rounds):
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
     image = f"{example.split}/{example.file_name}"

@@ -29,14 +29,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.scene_captions import grounded_captions
-from data.scene_expressions import expressions, questions, region_phrase
+from data.scene_expressions import expressions, follow_ups, questions, region_phrase
 from data.scene_images import draw_scene
 from data.scene_layouts import Entries, Example, entries_of, write_annotations
 from data.scene_narrations import Order, Verbosity, narrate
 from data.scene_worlds import Scene, World, plan_scene
 
 OPTIONS_FILE = "scenes.json"
-FORMAT = 3  # of the written files; folders of another one are not taken for complete
+FORMAT = 4  # of the written files; folders of another one are not taken for complete
 FIRST_ID = {"train": 1, "val": 900_000_001}
 IDS_PER_SCENE = 1000  # more than 128 objects with three expressions each
 JPEG_QUALITY = 92
@@ -106,6 +106,7 @@ def make_example(options: Options, split: str, index: int) -> Example:
         phrases=[region_phrase(thing) for thing in scene.objects],
         expressions=expressions(writer, scene, is_train),
         questions=questions(writer, scene, options.world, is_train),
+        talk=follow_ups(Random(f"talk {seeds}"), scene, is_train),
         captions=grounded_captions(Random(f"captions {seeds}"), scene),
     )
 

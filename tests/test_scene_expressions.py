@@ -13,6 +13,7 @@ from data.scene_expressions import (
     MARGIN,
     Description,
     expressions,
+    follow_ups,
     is_held_back,
     parse_region,
     questions,
@@ -236,6 +237,26 @@ def test_answers_are_true(examples):
     assert asked["relation"] > len(examples) / 2
 
 
+def test_follow_up_questions_are_about_the_object_named_last(examples):
+    """Read by the interpreter of expressions: "it" is what the last answer but the size names."""
+    lengths = Counter()
+    for example in examples:
+        things, said = example.scene.objects, ""
+        names = [f"{thing.colour} {thing.kind}" for thing in things]
+        lengths[len(example.talk)] += 1
+        for question, answer in example.talk:
+            if question == "Which size does it have?":
+                assert answer == things[names.index(said)].size
+                continue
+            assert (" it?" in question) == bool(said)
+            text = "object " + question.removeprefix("What is ").rstrip("?")
+            assert meant(text.replace(" it", f" the {said}"), example.scene) == [
+                names.index(answer)
+            ]
+            said = answer
+    assert set(lengths) >= {2, 4} and lengths[0] < len(examples) / 10
+
+
 def test_no_answer_to_a_kind_of_question_is_common(examples):
     """Catches questions that are answered by guessing: half the counts of kinds were "one"."""
     answers: dict[str, Counter[str]] = {}
@@ -269,4 +290,5 @@ def test_a_lone_object_can_be_described():
         said = expressions(Random(seed), scene, for_training=True)
         assert all(expression.object == 0 and expression.kind == "plain" for expression in said)
         assert questions(Random(seed), scene, World(), for_training=False)
+        assert follow_ups(Random(seed), scene, for_training=False) == []
     assert region_phrase(scene.objects[0]) == "a medium orange fish"

@@ -431,6 +431,12 @@ def test_the_reader_of_conversations_takes_every_answer(written: Path, tmp_path:
     assert len(records) == 80 and len(answers) > 200
 
 
+def test_conversations_are_written_where_there_is_something_to_talk_about(written, tmp_path):
+    llava.convert([written / "annotations/talks_val.json"], written, tmp_path / "table")
+    records = list(Table(tmp_path / "table"))
+    assert 60 < len(records) <= 80 and all(len(record.phrases) in (2, 4, 6) for record in records)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_reader_of_grounded_captions_takes_every_phrase(
     written: Path, tmp_path: Path, split: str
