@@ -39,6 +39,8 @@ class VisConfig:
     num_layers: int = 2  # of the mask decoder's two-way transformer
     num_heads: int = 8
     ff_width: int = 2048
+    release_positions: bool = False  # the release's position code in the mask decoder
+    mixed_norms: bool = False  # the release's batch norms in every second block of the mask encoder
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class PerceptionLoss:
     giou: float = 1.0
     bce: float = 1.0
     dice: float = 1.0
+    centre_reading: bool = False  # corners read as centre and size for the IoU, as released
+    whole_batch_dice: bool = False  # one Dice of all masks of a batch, as released
 
 
 @dataclass(frozen=True)

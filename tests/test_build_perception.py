@@ -50,6 +50,13 @@ def test_what_learns_is_what_the_release_trains():
     assert adapted == {"q_proj", "v_proj"}
 
 
+def test_what_the_release_does_otherwise_are_options():
+    vis = replace(TINY.vis, release_positions=True, mixed_norms=True)
+    network = PerceptionGPTNetwork(**build_perception(replace(TINY, vis=vis), MARKS, IDS, ()))
+    assert network.mask_head.decoder.release_positions
+    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in network.mask_encoder.modules())
+
+
 def test_visual_tokens_are_told_their_places_on_demand():
     """Of an image without any content; the paper's model has no such map."""
     assert PerceptionGPTNetwork(**build_perception(TINY, MARKS, IDS, ())).place_map is None

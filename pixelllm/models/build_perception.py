@@ -45,14 +45,15 @@ def build_perception(
         grow_vocabulary(language, max(markers) + 1)
         train_embeddings(language)
     width, vis = language.width, config.vis
-    transformer = (vis.num_layers, vis.num_heads, vis.ff_width)
+    transformer = (vis.num_layers, vis.num_heads, vis.ff_width, vis.release_positions)
+    mask_sizes = (vis.mask_size, vis.mask_bottleneck, vis.mixed_norms)
     return {
         "clip": clip,
         "projector": nn.Linear(clip.width, width),
         "language": language,
         "box_encoder": BoxEncoder(width, vis.box_hidden),
         "box_decoder": BoxDecoder(width, vis.box_hidden),
-        "mask_encoder": MaskEncoder(width, vis.mask_size, vis.mask_bottleneck),
+        "mask_encoder": MaskEncoder(width, *mask_sizes),
         "mask_head": VisMaskHead(width, VisMaskDecoder(clip.width, *transformer)),
         "markers": markers,
         "place_map": nn.Linear(PLACE_CHANNELS, width) if config.value_position else None,
