@@ -25,6 +25,7 @@ from data.scene_narrations import object_mentions
 from pixelllm.commands.given import load_any_model
 from pixelllm.evaluation.answers import evaluate_answers, evaluate_grounded
 from pixelllm.evaluation.boxes import evaluate_dense, evaluate_regions
+from pixelllm.evaluation.described import evaluate_captions
 from pixelllm.evaluation.expressions import evaluate_expressions
 from pixelllm.evaluation.meteor_data import MeteorUnavailable
 from pixelllm.evaluation.objects import find_truth, load_truth
@@ -34,6 +35,10 @@ from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import Table
 from pixelllm.training.captioning import BASELINE_FILE
+
+Task = Literal[
+    "trace", "caption", "referring", "segmentation", "region", "dense", "grounded", "vqa"
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Options:
         beams: beam search width; 1 is greedy.
         batch_size: images at a time.
         max_detections: objects per image of dense captions.
+        in_turn: the questions about an image are rounds of one conversation.
         snap: locate expressions at the detected box that fits best.
         truth: what the images show, by image id; found beside the annotations of scenes.
         out: where to write; RUN/eval by default.
@@ -58,13 +64,12 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     data: Path
-    task: Literal["trace", "referring", "segmentation", "region", "dense", "grounded", "vqa"] = (
-        "trace"
-    )
+    task: Task = "trace"
     limit: int | None = None
     beams: int = 1
     batch_size: int = 50
     max_detections: int = 100
+    in_turn: bool = False
     snap: bool = False
     truth: Path | None = None
     out: Path | None = None
@@ -97,7 +102,9 @@ def score(options: Options, model: PixelLLM | PerceptionGPT) -> Evaluation:
     task = (model, table, limits)
     check_task(options, model)
     if options.task == "vqa":
-        return evaluate_answers(*task)
+        return evaluate_answers(*task, options.in_turn)
+    if options.task == "caption":
+        return evaluate_captions(*task, training_captions(options.run, "caption"))
     if options.task == "grounded":
         return evaluate_grounded(*task, training_captions(options.run, "grounded"))
     if options.task in ("region", "dense"):
@@ -122,6 +129,8 @@ def check_task(options: Options, model: PixelLLM | PerceptionGPT) -> None:
         raise ValueError(
             f"{options.run} is a {type(model).__name__}, which has no task {options.task!r}"
         )
+    if options.in_turn and options.task != "vqa":
+        raise ValueError(f"--in-turn is for --task vqa, not {options.task!r}")
     if options.snap and is_perception:
         raise ValueError(f"--snap: {options.run} is a PerceptionGPT, which has no detector")
 

@@ -114,7 +114,8 @@ def encode_chat(
     token_ids, is_answer = token_ids.repeat(copies), is_answer.repeat(copies)
     needed, cut = len(token_ids), token_ids[max_tokens:]
     token_ids, is_answer = token_ids[:max_tokens], is_answer[:max_tokens]
-    if ids.image_end in cut or (len(cut) and not is_answer.any()):
+    is_question = not conversation.rounds[-1][1]
+    if ids.image_end in cut or (len(cut) and (is_question or not is_answer.any())):
         room = f"{max_tokens} tokens do not hold the image and the question"
         raise ValueError(f"{name}: {room} but {needed} hold it all; raise max_tokens")
     objects = conversation.objects[: (token_ids == ids.vis).sum()]

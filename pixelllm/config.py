@@ -145,6 +145,7 @@ class Source:
     batch_size: int | None = None  # images; None is the recipe's
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
+    in_turn: bool = False  # of PerceptionGPT: phrases are rounds of one conversation, in order
     scale: tuple[float, float] | None = None  # random resize range, then a random crop
     mirror: float = 0.0  # with a scale: chance of left and right changing places
     text_weight: float = 1.0
@@ -231,6 +232,10 @@ class Config:
     max_tokens: int = 128  # of the caption, begin and end included
     max_context: int = 8
     include_frozen: bool = False  # whether saved models carry their frozen pretrained parts
+
+    def __post_init__(self) -> None:
+        if rounds := [source.task for source in self.sources if source.in_turn]:
+            raise ValueError(f"sources {rounds}: PixelLLM answers no phrases in turn (in_turn)")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ already filled in (`pixelllm.templates`), is what the user says, and its task de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pixelllm.batches import Prompted
@@ -52,13 +54,14 @@ class Conversation:
         return replace(self, rounds=rounds, objects=self.objects[:kept])
 
 
-def converse(item: Prompted, segment: bool = True) -> list[Conversation]:
+def converse(item: Prompted, segment: bool = True, in_turn: bool = False) -> list[Conversation]:
     """A conversation about each of the chosen phrases of a record.
 
     Where there are several, all begin with the image, which they can share (`chats.share_image`).
 
     Args:
         segment: answer with the masks of objects, where they are known, beside their boxes.
+        in_turn: one conversation instead, the phrases being its rounds.
 
     Raises ValueError naming the phrase where a question or an answer needs a box it lacks, or
     its mask is of another size than the image.
@@ -73,7 +76,19 @@ def converse(item: Prompted, segment: bool = True) -> list[Conversation]:
         answer, answered = _answer(phrase, segment)
         objects = (*_asked_about(phrase, question), *answered)
         found.append(Conversation(phrase.id, size, ((question, answer),), objects))
-    return found
+    return [join(found)] if in_turn else found
+
+
+def join(rounds: Sequence[Conversation]) -> Conversation:
+    """Conversations about one image as one, which shows the image where the first does."""
+    first, *others = rounds
+    later = [
+        (question.replace(IMAGE, "").strip(), answer)
+        for talk in others
+        for question, answer in talk.rounds
+    ]
+    objects = tuple(chain.from_iterable(talk.objects for talk in rounds))
+    return Conversation(first.id, first.size, (*first.rounds, *later), objects)
 
 
 def _asked_about(phrase: Phrase, question: str) -> list[Referent]:

@@ -6,10 +6,8 @@ What is asked is worded as the recipe's training data words it first (`pixelllm.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -24,18 +22,18 @@ from pixelllm.asked_images import (
     to_location,
     to_referent,
 )
-from pixelllm.box_text import read_boxes, spell
-from pixelllm.chats import ChatBatch, collate_chats, decode_answer, encode_chat
+from pixelllm.box_text import spell
+from pixelllm.chats import ChatBatch, collate_chats, encode_chat
 from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_config, save_weights
 from pixelllm.conversations import Conversation, Referent
 from pixelllm.files import write_text
 from pixelllm.generation import Caption
 from pixelllm.loading import WithoutInitialValues
 from pixelllm.locating import Location
-from pixelllm.marked_text import VIS, Mention, cut_unfinished, parse_marked
-from pixelllm.markers import MARKERS, marker_ids
+from pixelllm.marked_text import VIS
+from pixelllm.markers import marker_ids
 from pixelllm.model_card import model_card
-from pixelllm.models.answering import Answers, Choose, most_probable, write_answers
+from pixelllm.models.answering import Choose, most_probable, write_answers
 from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
 from pixelllm.perception_config import PerceptionConfig
@@ -43,6 +41,7 @@ from pixelllm.pretrained import TRUNK_FOLDER, special_ids
 from pixelllm.records import Box
 from pixelllm.squares import square_image
 from pixelllm.templates import ANSWER, CAPTION, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
+from pixelllm.written import Answer, answer_last, ask_next, read_answer
 
 PUBLISHED = ("language", "clip")  # parts whose weights a config can name
 WORDINGS = {
@@ -54,34 +53,6 @@ WORDINGS = {
     "conversation": CONVERSE[0],
 }
 NOWHERE: Box = (0.0, 0.0, 1.0, 1.0)  # of an object that the model is to find
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A written answer.
-
-    Args:
-        text: without marks.
-        objects: that it mentions, in order; the score is the probability that one is mentioned
-            there at all.
-        mentions: the stretches of the text that mean them.
-        log_prob: sum over the tokens, the end token included.
-    """
-
-    text: str
-    objects: tuple[Location, ...]
-    mentions: tuple[Mention, ...]
-    log_prob: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: the text, and per phrase its characters and objects."""
-        phrases = [
-            {"start": m.start, "end": m.end, "objects": list(m.objects)} for m in self.mentions
-        ]
-        objects = [found.to_json() for found in self.objects]
-        return {
-            "answer": self.text, "phrases": phrases, "objects": objects, "log_prob": self.log_prob
-        }  # fmt: skip
 
 
 class PerceptionGPT(PerceptionGPTNetwork):
@@ -264,6 +235,20 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return [[Caption(a.text, (), a.log_prob) for a in of_image] for of_image in answers]
 
     @torch.no_grad()
+    def caption_images(
+        self, images: Sequence[Image], num_beams: int = 1, choose: Choose = most_probable
+    ) -> list[Caption]:
+        """A short caption of every RGB image, whose words have no points.
+
+        A model that was not taught captions, but grounded ones, writes these, without their marks.
+        """
+        taught = {source.task for source in self.config.sources}
+        task = "grounded" if "grounded" in taught and "caption" not in taught else "caption"
+        asked = [[self.question(task)]] * len(images)
+        answers = self.ask(images, asked, num_beams, with_masks=False, choose=choose)
+        return [Caption(answer.text, (), answer.log_prob) for (answer,) in answers]
+
+    @torch.no_grad()
     def ask(
         self,
         images: Sequence[Image],
@@ -271,23 +256,38 @@ class PerceptionGPT(PerceptionGPTNetwork):
         num_beams: int = 1,
         with_masks: bool = True,
         choose: Choose = most_probable,
+        in_turn: bool = False,
     ) -> list[list[Answer]]:
-        """Answers to questions as `question` words them, each on its own.
+        """Answers to questions as `question` words them.
 
         Args:
             images: RGB; questions: those about each.
             num_beams: above 1, beam search.
             with_masks: also segment what the answers mention.
             choose: the next words; `pixelllm.models.answering.sampler` draws them.
+            in_turn: the questions about an image are one conversation, where each is read after
+                the ones before it and their answers; otherwise each is asked on its own.
 
         Raises ValueError: an image without a question, or one that is not worded.
         """
         check_one_each(images, questions, "questions")
-        asked = [
-            [Conversation(text, size_of(image), ((text, ""),), ()) for text in of_image]
-            for image, of_image in zip(images, questions, strict=True)
-        ]
-        return self._write(images, asked, num_beams, with_masks, choose)
+        talks = [Conversation("", size_of(image), (), ()) for image in images]
+        if not in_turn:
+            asked = [
+                [ask_next(talk, text) for text in of_image]
+                for talk, of_image in zip(talks, questions, strict=True)
+            ]
+            return self._write(images, asked, num_beams, with_masks, choose)
+        answers: list[list[Answer]] = [[] for _ in images]
+        for turn in range(max(map(len, questions))):
+            left = [i for i, of_image in enumerate(questions) if turn < len(of_image)]
+            asked = [[ask_next(talks[i], questions[i][turn])] for i in left]
+            some = [images[i] for i in left]
+            found = self._write(some, asked, num_beams, with_masks, choose)
+            for i, (talk,), (answer,) in zip(left, asked, found, strict=True):
+                talks[i] = answer_last(talk, answer)
+                answers[i].append(answer)
+        return answers
 
     def _write(
         self,
@@ -311,34 +311,9 @@ class PerceptionGPT(PerceptionGPTNetwork):
             with_masks=with_masks,
         )
         sizes = [size_of(image) for image in images for _ in range(kept.width)]
-        rows = iter([self._read(answers, row, size) for row, size in enumerate(sizes)])
+        facts = (self.tokenizer, self.config.model.vis.form)
+        rows = iter([read_answer(answers, row, size, *facts) for row, size in enumerate(sizes)])
         return kept.of([[next(rows) for _ in range(kept.width)] for _ in images])
-
-    def _read(self, answers: Answers, row: int, size: tuple[int, int]) -> Answer:
-        """One row of the answers about an image of this size."""
-        valid = ~answers.padding[row]
-        token_ids, log_probs = answers.token_ids[row][valid], answers.log_probs[row][valid]
-        written = cut_unfinished(decode_answer(token_ids.tolist(), self.tokenizer))
-        if self.config.model.vis.form == "vis":
-            n = written.count(VIS)
-            mine = (answers.row == row).nonzero()[:n, 0]
-            boxes, masks = answers.boxes[mine], [None] * n
-            if len(answers.masks):
-                masks = answers.masks[mine]
-            scores = log_probs[token_ids == self.markers.vis].exp().tolist()[:n]
-        else:
-            written, spelled = read_boxes(written, self.config.model.vis.form)
-            boxes, masks = torch.tensor(spelled), [None] * len(spelled)
-            scores = [float(log_probs.mean().exp())] * len(spelled)
-        objects = tuple(
-            to_location(box, score, mask, size)
-            for box, score, mask in zip(boxes, scores, masks, strict=True)
-        )
-        try:
-            text, mentions = parse_marked(written, len(objects))
-        except ValueError:  # a model may leave marks unmatched
-            text, mentions = without_marks(written), ()
-        return Answer(text, objects, mentions, float(log_probs.sum()))
 
     def prepare(
         self,
@@ -376,9 +351,3 @@ def named_parts(config: PerceptionConfig) -> list[str]:
         "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
     }
     return [part for part in PUBLISHED if is_named[part]]
-
-
-def without_marks(text: str) -> str:
-    for mark in MARKERS:
-        text = text.replace(mark, "")
-    return text.strip()

@@ -45,6 +45,16 @@ SEGMENTED = Source(
     mask_weight=2.0,
 )
 
+CAPTIONED = Source("caption", contexts=templates.CAPTION)
+# A question may be about what was said before: rounds of one conversation.
+DISCUSSED = Source(
+    "question",
+    tables="*talks*",
+    phrases_per_image=16,
+    contexts=(*templates.CONVERSE, templates.SHORT_ANSWER[0]),
+    in_turn=True,
+)
+
 
 def names_first(share: float) -> tuple[Source, ...]:
     """Regions and their names, both ways, until `share` of the training, then all tasks.
@@ -86,6 +96,23 @@ def perceptiongpt_7b() -> PerceptionConfig:
             recompute=True,
             frozen=("clip.vit",),  # the projector, there LLaVA's and frozen, starts anew here
             seed=42,
+        ),
+    )
+
+
+def perceptiongpt_7b_all() -> PerceptionConfig:
+    """Every task at once, conversations of many rounds included, from the released run's model."""
+    released = perceptiongpt_7b()
+    return replace(
+        released,
+        name="perceptiongpt-7b-all",
+        start=PerceptionStart(run="runs/perceptiongpt-7b"),
+        sources=(
+            *(replace(source, weight=3) for source in released.sources),
+            replace(DESCRIBED, phrases_per_image=16),
+            GROUNDED,
+            CAPTIONED,
+            replace(DISCUSSED, tables="*", weight=2),
         ),
     )
 
@@ -151,4 +178,24 @@ def scenes_perceptiongpt() -> PerceptionConfig:
         max_tokens=512,
         max_new_tokens=96,
         include_frozen=True,
+    )
+
+
+def scenes_perceptiongpt_all() -> PerceptionConfig:
+    """Captions and conversations besides: the tables of these have "talks" in their names."""
+    base = scenes_perceptiongpt()
+    return replace(
+        base,
+        name="scenes-perceptiongpt-all",
+        start=PerceptionStart(run="runs/scenes-perceptiongpt"),
+        sources=(
+            replace(DESCRIBED, tables="*named*"),
+            GROUNDED,
+            replace(ASKED, tables="*questions*", weight=2),
+            LOCATED,
+            SEGMENTED,
+            CAPTIONED,
+            replace(DISCUSSED, weight=2),
+        ),
+        train=replace(base.train, steps=4000),
     )

@@ -38,5 +38,7 @@ MAKERS: tuple[Callable[[], Recipe], ...] = (
     perception.scenes_perceptiongpt,
     perception.perceptiongpt_smollm2,
     perception.perceptiongpt_7b,
+    perception.scenes_perceptiongpt_all,
+    perception.perceptiongpt_7b_all,
 )
 RECIPES = {maker.__name__.replace("_", "-"): maker for maker in MAKERS}

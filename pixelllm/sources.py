@@ -29,10 +29,11 @@ def epoch_order(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) 
 
 
 def choose_phrases(source: Source, record: Record, rng: np.random.Generator) -> Prompted:
-    """Draw the phrases of the source and a context for each."""
+    """Draw the phrases of the source and a context for each; rounds are the first ones."""
     mine = [phrase for phrase in record.phrases if phrase.task == source.task]
     count = min(len(mine), source.phrases_per_image)
-    phrases = tuple(mine[i] for i in rng.permutation(len(mine))[:count])
+    order = range(count) if source.in_turn else rng.permutation(len(mine))[:count]
+    phrases = tuple(mine[i] for i in order)
     drawn = rng.integers(len(source.contexts), size=count)
     contexts = (fill(source.contexts[i], p) for i, p in zip(drawn, phrases, strict=True))
     return Prompted(record, phrases, tuple(contexts))

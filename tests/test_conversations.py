@@ -91,6 +91,17 @@ def test_several_phrases_are_conversations_that_all_begin_with_the_image():
     assert alone.rounds[0][0] == "What color is it? <image>"
 
 
+def test_phrases_in_turn_are_rounds_behind_one_image():
+    pairs = [(QUESTION, "{} <image>"), (REGION, templates.DESCRIBE[1]), (REFERRING, "<image> {}?")]
+    (talk,) = converse(prompted(*pairs), in_turn=True)
+    assert talk.rounds == (
+        ("<image> What color is it?", "red"),
+        ("What is<obj_vis_s><vis><obj_vis_e>?", "a red car"),
+        ("the car?", "Answer:<obj_vis_s><vis><obj_vis_e>."),
+    )
+    assert talk.objects == (Referent(BOX, MASK), Referent(BOX, MASK)) and talk.id == "question/5"
+
+
 def test_without_its_last_answer_a_conversation_keeps_what_was_said_before():
     objects = (Referent(BOX), Referent(BOX, MASK), Referent((0.0, 0.0, 1.0, 1.0)))
     rounds = (("<image> Find it.", "Answer:<vis>."), ("What is<vis>?", "a car beside<vis>"))

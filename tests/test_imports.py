@@ -27,7 +27,7 @@ LAYERS = (
      "pixelllm.shards", "pixelllm.sources", "pixelllm.streams", "pixelllm.processor",
      "pixelllm.loading", "pixelllm.quantize",
      "pixelllm.pretrained", "pixelllm.perceiving", "pixelllm.asked_images",
-    "pixelllm.perception_recipes",
+    "pixelllm.written", "pixelllm.perception_recipes",
      "pixelllm.pictures", "pixelllm.pages", "pixelllm.viewer",
      "pixelllm.overlays", "pixelllm.dense_page"),
     ("pixelllm.training", "pixelllm.evaluation"),

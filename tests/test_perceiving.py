@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval as command
 import train
-from data import flickr30k, llava
+from data import coco, flickr30k, llava
 from pixelllm import cli, templates
 from pixelllm.box_text import spell_box
-from pixelllm.config import LanguageConfig, Source, TrainConfig
+from pixelllm.config import Config, LanguageConfig, Source, TrainConfig
+from pixelllm.conversations import Conversation
 from pixelllm.evaluation.answers import normalised, score_phrases
 from pixelllm.evaluation.meteor import unavailable_reason
 from pixelllm.images import open_image
@@ -28,7 +29,7 @@ from pixelllm.marked_text import VIS, Mention
 from pixelllm.markers import add_markers
 from pixelllm.mask_codes import decode_mask, encode_mask
 from pixelllm.models.answering import Answers, sampler
-from pixelllm.perceiving import Answer, PerceptionGPT
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.perception_config import (
     ClipConfig,
     ClipPretraining,
@@ -51,6 +52,7 @@ from pixelllm.tables import Table
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training import perceiving
 from pixelllm.training.optimizer import freeze
+from pixelllm.written import Answer, read_answer
 
 CLIP = ClipConfig(
     image_size=32, patch_size=16, width=32, depth=3, num_heads=2, ff_width=32, fine_patch=8,
@@ -201,7 +203,7 @@ def test_boxes_in_words_are_written_and_read(form, perception_tables, images, tm
     assert model.tokenizer.unk_token_id not in ids and ids.max() < model.language.vocab_size
     nothing = torch.zeros(0)
     written = Answers(ids, ids < 0, -torch.ones(ids.shape), nothing, nothing, nothing, nothing)
-    answer = model._read(written, 0, (50, 100))
+    answer = read_answer(written, 0, (50, 100), model.tokenizer, form)
     (found,) = answer.objects
     assert answer.text == "Answer:."
     assert torch.allclose(torch.tensor(found.box), torch.tensor([0.25, 0.0, 0.5, 1.0]), atol=0.04)
@@ -298,6 +300,72 @@ def test_answers_carry_the_objects_they_mention(model, images, monkeypatch):
     assert len(answer.to_json()["objects"]) == len(answer.objects)
 
 
+def test_questions_in_turn_are_read_after_the_answers_before_them(model, images, monkeypatch):
+    """Against the whole conversation asked at once; images may have fewer rounds."""
+    asked: list[list[Conversation]] = []
+
+    def answer_with_object(images, given, *options):
+        asked.extend(given)
+        box = Location((0.1, 0.2, 0.3, 0.4), 0.9)
+        marked = f"a car{templates.ANSWER.removeprefix('Answer:')}"
+        return [[Answer("a car.", (box,), (), -1.0, marked)] for _ in given]
+
+    words = [model.question("question", text) for text in ("What is it?", "Where?", "Why?")]
+    monkeypatch.setattr(model, "_write", answer_with_object)
+    answers = model.ask(images, [words, words[:1]], in_turn=True)
+    assert [len(of_image) for of_image in answers] == [3, 1]
+    (last,), said = asked[-1], f"a car{templates.ANSWER.removeprefix('Answer:')}"
+    bare = [text.replace("<image>", "").strip() for text in words]
+    assert last.rounds == ((words[0], said), (bare[1], said), (bare[2], ""))
+    assert [found.box for found in last.objects] == [(0.1, 0.2, 0.3, 0.4)] * 2
+
+
+def test_what_was_said_before_changes_answers(model, images):
+    one, two = (model.question("question", text) for text in ("What is it?", "Where is it?"))
+    (first, second) = model.ask(images[:1], [[one, two]], in_turn=True)[0]
+    (alone, other) = model.ask(images[:1], [[one, two]])[0]
+    assert first.text == alone.text and abs(first.log_prob - alone.log_prob) < 1e-4
+    assert abs(second.log_prob - other.log_prob) > 1e-3
+    long = [one] * 60
+    with pytest.raises(ValueError, match="512 tokens do not hold"):
+        model.ask(images[:1], [long], in_turn=True, with_masks=False)
+
+
+def test_rounds_are_trained_in_the_order_of_the_table(perception_tables):
+    """Catches conversations whose questions are shuffled, or stand behind the image each."""
+    rounds = replace(ASKED, in_turn=True, contexts=templates.CONVERSE[:1])
+    config, table = replace(CONFIG, sources=(rounds,)), Table(perception_tables[3])
+    stage = perceiving.build_stage(config, [table], [table], torch.device("cpu"))
+    tokens, tokenizer = stage.batches[0].chats.tokens, stage.model.tokenizer
+    texts = [tokenizer.decode(row).replace(" ", "") for row in tokens.token_ids]
+    told = {p.id: (r, p) for r in map(table.__getitem__, range(len(table))) for p in r.phrases}
+    for text, name in zip(texts, stage.batches[0].ids, strict=True):
+        said = [p for p in told[name][0].phrases if p.task == "question"]
+        places = [text.find(p.context.replace(" ", "")) for p in said[: ASKED.phrases_per_image]]
+        assert places == sorted(places) and min(places) >= 0
+    assert tokens.branches.max() <= 1
+
+
+def test_the_losses_of_the_release_are_options(perception_tables):
+    tables = [Table(path) for path in perception_tables]
+    found = {}
+    for name in ("", "centre_reading", "whole_batch_dice"):
+        loss = replace(CONFIG.loss, **({name: True} if name else {}))
+        config = replace(CONFIG, loss=loss, sources=(SEGMENTED,))
+        torch.manual_seed(0)
+        stage = perceiving.build_stage(config, tables, tables, torch.device("cpu"))
+        terms = stage.loss(stage.batches[0])
+        found[name] = {term: value.item() for term, value in terms.items()}
+    own, centre, whole = found.values()
+    assert own.pop("giou") != centre.pop("giou") and own == centre
+    assert own.pop("dice") != whole.pop("dice") and whole.pop("giou") and own == whole
+
+
+def test_pixelllm_takes_no_rounds():
+    with pytest.raises(ValueError, match="question.*in_turn"):
+        Config("talk", sources=(Source("question", in_turn=True),))
+
+
 def test_a_named_trunk_is_not_saved_but_its_embeddings_are(perception_tables, images, tmp_path):
     """Catches markers that come back untrained, because they lie in a published trunk."""
     trunk = tmp_path / "trunk"
@@ -376,6 +444,9 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
     cli.main(["caption", image, *box, "--json", *model])
     captioned = json.loads(capsys.readouterr().out)
     assert captioned["prompt_box"] == [0.1, 0.2, 0.5, 0.9] and captioned["words"] == []
+    cli.main(["caption", image, "--json", *model])
+    captioned = json.loads(capsys.readouterr().out)
+    assert captioned["caption"] and "prompt_box" not in captioned
     cli.main(["ask", image, "How many cars?", "Why?", "--json", *model])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [found["question"] for found in answers] == ["How many cars?", "Why?"]
@@ -389,7 +460,6 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
     ("arguments", "reason"),
     [
         (["locate", "{}", "a car", "--snap"], "--snap: .* is a PerceptionGPT"),
-        (["caption", "{}"], "give --box, or try: pixelllm ask"),
         (["caption", "{}", "--box", "0", "0", "1", "1", "--gif", "a.gif"], "do not"),
         (["caption", "{}", "--box", "0", "0", "1", "1", "--int8"], "--dtype and --int8"),
         (["ask", "{}", ""], "empty question"),
@@ -429,6 +499,58 @@ def test_every_task_is_evaluated(run, perception_tables, tmp_path):
         assert result["num_examples"] == len(known) and 0 <= result["metrics"][score] <= 1
         assert len(json.loads((tmp_path / f"{task}_results.json").read_text())) == len(known)
     assert evaluate(run, "vqa", questions, tmp_path, limit=4)["num_examples"] == 4
+
+
+def test_conversations_are_evaluated_by_the_answers_of_the_model_itself(
+    run, tiny_scenes, tmp_path, capsys
+):
+    llava.convert([tiny_scenes / "annotations/talks_train.json"], tiny_scenes, tmp_path / "talks")
+    asked: list[int] = []
+    write = PerceptionGPT._write
+
+    def counted(self, images, talks, *options):
+        asked.extend(len(talk.rounds) for (talk,) in talks)
+        return write(self, images, talks, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PerceptionGPT, "_write", counted)
+        found = evaluate(run, "vqa", tmp_path / "talks", tmp_path, in_turn=True)
+    rounds = [len(record.phrases) for record in Table(tmp_path / "talks")]
+    assert found["num_examples"] == sum(rounds) == len(asked) and max(asked) == max(rounds) > 1
+    with pytest.raises(ValueError, match="--in-turn is for --task vqa, not 'grounded'"):
+        evaluate(run, "grounded", tmp_path / "talks", tmp_path, in_turn=True)
+    capsys.readouterr()
+    image = Table(tmp_path / "talks")[0].path
+    cli.main(["ask", image, "What is it?", "Why?", "--in-turn", "--json", "--model", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["question"] for line in lines] == ["What is it?", "Why?"]
+
+
+def test_images_are_captioned_and_scored_against_all_that_was_written(
+    run, tiny_run, tiny_scenes, tmp_path
+):
+    """By either model; COCO's own tools find the images of the results."""
+    file = tiny_scenes / "annotations/captions_val.json"
+    content = json.loads(file.read_text())
+    doubled = [{**a, "id": a["id"] + 10**9, "caption": "a car"} for a in content["annotations"]]
+    more = tmp_path / "captions_more.json"
+    more.write_text(json.dumps({**content, "annotations": content["annotations"] + doubled}))
+    coco.convert([more], tiny_scenes / "val", tmp_path / "captions")
+    for trained in (run, tiny_run.main):
+        found = evaluate(trained, "caption", tmp_path / "captions", tmp_path, batch_size=3)
+        assert found["num_examples"] == len(content["images"])
+        assert found["metrics"]["rouge_l"] >= 0 and found["baselines"]["cider_d"] > 0
+        results = json.loads((tmp_path / "caption_results.json").read_text())
+        assert {e["image_id"] for e in results} == {image["id"] for image in content["images"]}
+    with pytest.raises(ValueError, match="no 'caption' phrases; make the table with data.coco"):
+        evaluate(run, "caption", Path(tiny_scenes.parent / "val"), tmp_path)
+
+
+def test_an_image_is_captioned_as_the_model_was_taught(model, images):
+    """Grounded captions without their marks, where captions were no task."""
+    (caption, _) = model.caption_images(images)
+    (grounded,) = model.ask(images[:1], [[model.question("grounded")]])[0]
+    assert caption.text == grounded.text and caption.words == ()
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no METEOR tables")

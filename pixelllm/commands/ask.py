@@ -17,7 +17,8 @@ from pixelllm.images import open_image
 from pixelllm.locating import Location
 from pixelllm.models.answering import sampler
 from pixelllm.overlays import write_objects
-from pixelllm.perceiving import Answer, PerceptionGPT
+from pixelllm.perceiving import PerceptionGPT
+from pixelllm.written import Answer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class AskCommand:
         image: file to look at.
         questions: of any form, each answered on its own; without one, the image is described and
             its objects are marked.
+        in_turn: the questions are one conversation: each is read after the answers before it.
         model: folder of a finished run, or a Hub id.
         task: how questions are worded: "question" asks for an answer in a word or two,
             "conversation" for one of any length, "referring" for the place of what is named.
@@ -44,6 +46,7 @@ class AskCommand:
     image: tyro.conf.Positional[Path]
     model: str
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
+    in_turn: bool = False
     task: Literal["question", "conversation", "referring"] = "question"
     beams: int = 1
     sample: bool = False
@@ -64,7 +67,8 @@ def ask(command: AskCommand) -> None:
     image = open_image(command.image)
     asked = [model.question(command.task, question) for question in command.questions]
     torch.manual_seed(command.seed)
-    answers = model.ask([image], [asked or [model.question("grounded")]], **search)[0]
+    asked = asked or [model.question("grounded")]
+    answers = model.ask([image], [asked], in_turn=command.in_turn, **search)[0]
     shown = []
     for question, answer in zip(command.questions or ("",), answers, strict=True):
         unnamed = question if command.task == "referring" else ""

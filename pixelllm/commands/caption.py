@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from PIL.Image import Image
 from tqdm import tqdm
 
 from pixelllm.commands.given import (
@@ -20,6 +21,7 @@ from pixelllm.commands.given import (
     load_any_model,
     search_options,
 )
+from pixelllm.generation import Caption
 from pixelllm.images import open_image
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pictures import write_gif, write_still
@@ -103,9 +105,6 @@ def caption(command: CaptionCommand) -> None:
 
 def check_perception(command: CaptionCommand) -> None:
     """Raise ValueError for what a PerceptionGPT, whose words have no points, cannot do."""
-    if not command.box:
-        ask = f"pixelllm ask {command.images[0]} --model {command.model}"
-        raise ValueError(f"a PerceptionGPT captions boxes: give --box, or try: {ask}")
     if command.html or command.gif or command.png:
         raise ValueError("--html, --gif and --png show words that point; a PerceptionGPT's do not")
     if command.sample or command.context is not None:
@@ -123,7 +122,7 @@ def caption_images(
         sizes = [(image.height, image.width) for image in images]
         boxes = [boxes_for(command, *item) for item in zip(paths, sizes, strict=True)]
         if isinstance(model, PerceptionGPT):
-            captions = chain.from_iterable(model.describe_boxes(images, boxes, **search))
+            captions = iter(perception_captions(model, images, boxes, **search))
         else:
             inputs = model.processor()(images, boxes if command.box else None, command.context)
             inputs = inputs.to(next(model.parameters()).device)
@@ -132,6 +131,15 @@ def caption_images(
             for prompt in prompts or [None]:
                 result = {"image": str(path), "size_hw": list(size), **next(captions).to_json()}
                 yield result if prompt is None else {**result, "prompt_box": list(prompt)}
+
+
+def perception_captions(
+    model: PerceptionGPT, images: Sequence[Image], boxes: Sequence[Sequence[Box]], **search: int
+) -> list[Caption]:
+    """Of the boxes, or of whole images where there are none."""
+    if not boxes[0]:
+        return model.caption_images(images, **search)
+    return list(chain.from_iterable(model.describe_boxes(images, boxes, **search)))
 
 
 def boxes_for(command: CaptionCommand, path: Path, size: tuple[int, int]) -> list[Box]:

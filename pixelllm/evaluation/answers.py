@@ -16,20 +16,27 @@ from pixelllm.evaluation.captions import score_captions
 from pixelllm.evaluation.narrations import random_captions
 from pixelllm.evaluation.overlap import box_iou
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
-from pixelllm.perceiving import Answer, PerceptionGPT
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table
 from pixelllm.views import open_record_image
+from pixelllm.written import Answer
 
 TASKS = {"vqa": "question", "grounded": "grounded"}  # of the table, by that of the evaluation
 Written = tuple[Record, Phrase, Answer]
 
 
-def write_about(model: PerceptionGPT, table: Table, task: str, limits: Limits) -> Iterator[Written]:
+def write_about(
+    model: PerceptionGPT, table: Table, task: str, limits: Limits, in_turn: bool = False
+) -> Iterator[Written]:
     """An answer to every phrase of the task, images in order, with a progress bar.
+
+    Args:
+        in_turn: the questions about an image are a conversation, answered by the model itself.
 
     Raises ValueError where the table has none.
     """
+    wording = "conversation" if in_turn else task
     rows, left = table.positions(task), limits.limit or 10**9
     if not len(rows):
         raise ValueError(f"{table.path}: no {task!r} phrases to answer")
@@ -40,8 +47,8 @@ def write_about(model: PerceptionGPT, table: Table, task: str, limits: Limits) -
         if not chosen:
             return
         images = [open_record_image(record) for record, _ in chosen]
-        asked = [[model.question(task, p.context) for p in phrases] for _, phrases in chosen]
-        answers = model.ask(images, asked, limits.beams, with_masks=False)
+        asked = [[model.question(wording, p.context) for p in phrases] for _, phrases in chosen]
+        answers = model.ask(images, asked, limits.beams, with_masks=False, in_turn=in_turn)
         for (record, phrases), of_image in zip(chosen, answers, strict=True):
             yield from ((record, *pair) for pair in zip(phrases, of_image, strict=True))
 
@@ -58,9 +65,15 @@ def _first(
     return kept, left
 
 
-def evaluate_answers(model: PerceptionGPT, table: Table, limits: Limits) -> Evaluation:
-    """The share of questions whose answer is the true one, letter case and a full stop aside."""
-    found = list(write_about(model, table, TASKS["vqa"], limits))
+def evaluate_answers(
+    model: PerceptionGPT, table: Table, limits: Limits, in_turn: bool = False
+) -> Evaluation:
+    """The share of questions whose answer is the true one, letter case and a full stop aside.
+
+    Args:
+        in_turn: as in `write_about`.
+    """
+    found = list(write_about(model, table, TASKS["vqa"], limits, in_turn))
     truths = [normalised(phrase.caption) for _, phrase, _ in found]
     right = [normalised(a.text) == t for (_, _, a), t in zip(found, truths, strict=True)]
     (_, most), *_ = Counter(truths).most_common(1)

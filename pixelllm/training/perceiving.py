@@ -98,16 +98,17 @@ class ChatMixture(Mixture):
         rng = np.random.default_rng([self.seed, 1, step])
         drawn = records.batch(step, int(self.turns[step]))
         chosen = [choose_phrases(records.source, record, rng) for record in drawn]
-        chats = [self._chat(item, records.source.mask_weight > 0) for item in chosen]
+        chats = [self._chat(item, records.source) for item in chosen]
         images = torch.stack(
             [square_image(open_record_image(record), self.frame) for record in drawn]
         )
         batch = collate_chats(chats, self.tokenizer, mask_side=self.vis.mask_size)
         return PerceptionBatch(images, batch, records.source)
 
-    def _chat(self, item: Prompted, segment: bool) -> Chat:
+    def _chat(self, item: Prompted, source: Source) -> Chat:
         max_tokens, facts = self.limits.max_tokens, (self.tokenizer, self.num_patches)
-        spoken = [spell(talk, self.vis.form) for talk in converse(item, segment)]
+        talks = converse(item, source.mask_weight > 0, source.in_turn)
+        spoken = [spell(talk, self.vis.form) for talk in talks]
         chats = [encode_chat(talk, *facts, max_tokens) for talk in spoken]
         return share_image(chats, marker_ids(self.tokenizer).image_end, max_tokens)
 
@@ -141,7 +142,9 @@ def build_stage(
         tokens, objects = batch.chats.tokens, batch.chats.objects
         by_mask = draw_by_mask(config.model.vis.read, objects.has_mask)
         objects = objects._replace(by_mask=by_mask)
-        terms = perception_losses(model(batch.images, tokens, objects), tokens, objects)
+        as_released = (config.loss.centre_reading, config.loss.whole_batch_dice)
+        prediction = model(batch.images, tokens, objects)
+        terms = perception_losses(prediction, tokens, objects, *as_released)
         return weighted(terms, config.loss, batch.source)
 
     def validate() -> dict[str, float]:
