@@ -74,7 +74,7 @@ def recipe_named(name: str) -> Recipe:
 
 def list_recipes() -> str:
     """The recipes with what they are for, a line each."""
-    lines = (f"  {name:22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    lines = (f"  {name:25}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
     return "recipes:\n" + "\n".join(lines)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pixelllm.config import Config
+from pixelllm.perception_config import PerceptionConfig
 
+Settings = TypeVar("Settings", Config, PerceptionConfig)
 INITIALISERS = frozenset(
     "normal_ uniform_ trunc_normal_ kaiming_uniform_ xavier_uniform_ constant_ zeros_ ones_ zero_ "
     "fill_ erfinv_ mul_ add_ div_ clamp_".split()
@@ -37,8 +40,8 @@ class WithoutInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def held_in(config: Config, dtype: torch.dtype) -> Config:
-    """The configuration with its encoders and trunk in float32 or bfloat16.
+def held_in(config: Settings, dtype: torch.dtype) -> Settings:
+    """The configuration with its encoders and trunk in float32 or bfloat16; CLIP stays as it is.
 
     Raises ValueError for another precision.
     """
@@ -48,6 +51,7 @@ def held_in(config: Config, dtype: torch.dtype) -> Config:
     parts = {
         name: replace(getattr(model, name), bfloat16=is_half)
         for name in ("sam", "eva02", "language")
+        if hasattr(model, name)
     }
     return replace(config, model=replace(model, **parts))
 

@@ -114,7 +114,7 @@ def ref_bert() -> Config:
 
 
 def refseg_t5xl() -> Config:
-    """Referring segmentation, from ref: the mask adapter and the point head learn."""
+    """Referring segmentation, from ref: mask adapter and point head learn."""
     ref = ref_t5xl()
     return replace(
         ref,

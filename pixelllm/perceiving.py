@@ -28,7 +28,7 @@ from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_co
 from pixelllm.conversations import Conversation, Referent
 from pixelllm.files import write_text
 from pixelllm.generation import Caption
-from pixelllm.loading import WithoutInitialValues
+from pixelllm.loading import WithoutInitialValues, held_in
 from pixelllm.locating import Location
 from pixelllm.marked_text import VIS
 from pixelllm.markers import marker_ids
@@ -38,6 +38,7 @@ from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
 from pixelllm.perception_config import PerceptionConfig
 from pixelllm.pretrained import TRUNK_FOLDER, special_ids
+from pixelllm.quantize import quantize_trunk, quantize_when_loaded, require_unquantized
 from pixelllm.records import Box
 from pixelllm.squares import square_image
 from pixelllm.templates import ANSWER, CAPTION, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
@@ -78,23 +79,41 @@ class PerceptionGPT(PerceptionGPTNetwork):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Path | str) -> PerceptionGPT:
+    def from_pretrained(
+        cls, name_or_path: Path | str, dtype: torch.dtype | None = None, int8: bool = False
+    ) -> PerceptionGPT:
         """A saved model in evaluation mode, from a run's folder or a Hub id.
+
+        Args:
+            dtype: bfloat16 holds the trunk in it, but for its embeddings; None as the run says.
+            int8: hold the trunk's linear layers in 8 bits (`pixelllm.quantize`).
 
         Raises FileNotFoundError where there is none and ValueError listing keys that do not fit.
         """
         config = load_config(PerceptionConfig, name_or_path)
+        if dtype is not None:
+            config = held_in(config, dtype)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
         published, trunk = named_parts(config), None
         if config.model.language.trunk is not None and "language" not in published:
             trunk = AutoConfig.from_pretrained(name_or_path, subfolder=TRUNK_FOLDER)
         with WithoutInitialValues():
             model = cls(config, tokenizer, published, trunk)
-        load_weights(model, name_or_path, model.named_elsewhere().__contains__)
+        elsewhere = model.named_elsewhere()  # before its trunk is another
+        place = []
+        if int8 and "language" in published:
+            quantize_trunk(model.language)
+        elif int8:
+            place = [quantize_when_loaded(model.language, "language.")]
+        load_weights(model, name_or_path, elsewhere.__contains__, *place)
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config, weights, tokenizer and model card into a folder."""
+        """Write config, weights, tokenizer and model card into a folder.
+
+        Raises ValueError for a model held in 8 bits, which no training could go on from.
+        """
+        require_unquantized(self.language)
         folder = Path(folder)
         save_config(self.config, folder)
         self.tokenizer.save_pretrained(folder)

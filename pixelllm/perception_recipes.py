@@ -101,7 +101,7 @@ def perceptiongpt_7b() -> PerceptionConfig:
 
 
 def perceptiongpt_7b_all() -> PerceptionConfig:
-    """Every task at once, conversations of many rounds included, from the released run's model."""
+    """Every task at once, from the released run: captions and talks too."""
     released = perceptiongpt_7b()
     return replace(
         released,
@@ -131,7 +131,7 @@ def perceptiongpt_smollm2() -> PerceptionConfig:
 
 
 def scenes_clip() -> ClipPretraining:
-    """A small CLIP that names the objects of scenes: scenes-perceptiongpt's eyes."""
+    """A small CLIP that names objects: the eyes of scenes-perceptiongpt."""
     train = replace(TINY_PRETRAINING, steps=6000)
     return ClipPretraining(name="scenes-clip", frame=160, clip=TINY_CLIP, train=train)
 
@@ -182,7 +182,7 @@ def scenes_perceptiongpt() -> PerceptionConfig:
 
 
 def scenes_perceptiongpt_all() -> PerceptionConfig:
-    """Captions and conversations besides: the tables of these have "talks" in their names."""
+    """Captions and conversations besides; the tables of these are *talks*."""
     base = scenes_perceptiongpt()
     return replace(
         base,

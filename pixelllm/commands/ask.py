@@ -10,14 +10,17 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from pixelllm.commands.given import check_files, holds_perception, search_options
+from pixelllm.commands.given import (
+    check_files,
+    holds_perception,
+    load_any_model,
+    search_options,
+)
 from pixelllm.commands.locate import as_object, as_text
-from pixelllm.devices import choose_device
 from pixelllm.images import open_image
 from pixelllm.locating import Location
 from pixelllm.models.answering import sampler
 from pixelllm.overlays import write_objects
-from pixelllm.perceiving import PerceptionGPT
 from pixelllm.written import Answer
 
 
@@ -41,6 +44,8 @@ class AskCommand:
         json: print one JSON object per question instead of text.
         png: write a picture of all boxes and masks.
         device: auto, cpu, cuda or mps.
+        dtype: hold the language trunk in this precision; as the run says by default.
+        int8: hold the trunk's weights in 8 bits (needs torchao).
     """
 
     image: tyro.conf.Positional[Path]
@@ -56,6 +61,8 @@ class AskCommand:
     json: bool = False
     png: Path | None = None
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    int8: bool = False
 
 
 def ask(command: AskCommand) -> None:
@@ -63,7 +70,7 @@ def ask(command: AskCommand) -> None:
     search = answer_search(search_options(command))
     if not holds_perception(command.model):
         raise ValueError(f"{command.model} is no PerceptionGPT; only those answer questions")
-    model = PerceptionGPT.from_pretrained(command.model).to(choose_device(command.device))
+    model = load_any_model(command.model, command.device, command.dtype, command.int8)
     image = open_image(command.image)
     asked = [model.question(command.task, question) for question in command.questions]
     torch.manual_seed(command.seed)

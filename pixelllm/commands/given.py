@@ -66,8 +66,7 @@ def load_model(
 ) -> PixelLLM:
     """The model on the device. Raises ValueError for a device that is not there, before loading."""
     chosen = choose_device(device)
-    precision = None if dtype is None else DTYPES[dtype]
-    return PixelLLM.from_pretrained(name_or_path, precision, int8).to(chosen)
+    return PixelLLM.from_pretrained(name_or_path, DTYPES.get(dtype), int8).to(chosen)
 
 
 def load_any_model(
@@ -76,9 +75,8 @@ def load_any_model(
     """`load_model`, or a PerceptionGPT where the run's configuration says that it holds one."""
     if not holds_perception(name_or_path):
         return load_model(name_or_path, device, dtype, int8)
-    if dtype is not None or int8:
-        raise ValueError("--dtype and --int8: a PerceptionGPT is held as its recipe says")
-    return PerceptionGPT.from_pretrained(name_or_path).to(choose_device(device))
+    chosen = choose_device(device)
+    return PerceptionGPT.from_pretrained(name_or_path, DTYPES.get(dtype), int8).to(chosen)
 
 
 def holds_perception(name_or_path: str) -> bool:
