@@ -79,9 +79,11 @@ class LanguageConfig:
     num_encoder_layers: int = 24  # of a T5
     num_decoder_layers: int = 24
     num_heads: int = 32
+    num_kv_heads: int | None = None  # of a llama whose heads share keys and values
     ff_width: int = 5120
     dropout: float = 0.1
     vocab_size: int = 32128  # upper bound where a tokenizer is trained
+    tied: bool = True  # of a llama: words are read and written by one matrix
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class PerceptionModelConfig:
             lora_rank=16,
             lora_alpha=64,
             lora_dropout=0.1,
+            width=4096,
+            num_decoder_layers=32,
+            num_heads=32,
+            ff_width=11008,
+            vocab_size=32000,
+            tied=False,
         )
     )
 

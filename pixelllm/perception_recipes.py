@@ -120,7 +120,7 @@ def perceptiongpt_7b_all() -> PerceptionConfig:
 def perceptiongpt_smollm2() -> PerceptionConfig:
     """PerceptionGPT with SmolLM2-135M behind the eyes of scenes-clip."""
     tiny = scenes_perceptiongpt()
-    language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=64, lora_dropout=0.1)
+    language = replace(SMOLLM2, lora_alpha=64, lora_dropout=0.1)
     return replace(
         tiny,
         name="perceptiongpt-smollm2",

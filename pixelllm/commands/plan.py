@@ -10,11 +10,11 @@ from typing import Any
 import tyro
 
 from pixelllm.commands.given import check_at_least_one
-from pixelllm.config import Config
 from pixelllm.plan import (
     ACCELERATORS,
     Accelerator,
     Memory,
+    Planned,
     StepCosts,
     build_shapes,
     measure_cpu,
@@ -36,7 +36,8 @@ class PlanCommand:
         gpus: processes, one device each.
         memory: of a device, in GiB.
         images: of a micro batch; the recipe's by default.
-        tokens: of a caption; by default the most that the recipe allows.
+        tokens: of a caption; by default the most that the recipe allows. Of a PerceptionGPT, the
+            most of an image with its conversations, of 64 words a phrase.
         recompute: with gradient checkpointing (--train.recompute).
         bfloat16: compute, and hold what is frozen, in bfloat16 (--train.bfloat16
             --model.sam.bfloat16 --model.language.bfloat16).
@@ -64,7 +65,7 @@ def plan(command: PlanCommand) -> None:
     print(json.dumps(found, indent=2) if command.json else as_text(found, command))
 
 
-def configure(command: PlanCommand) -> Config:
+def configure(command: PlanCommand) -> Planned:
     """The recipe with the command's changes.
 
     Raises ValueError where there is none of that name, or one without a trunk.
@@ -72,8 +73,8 @@ def configure(command: PlanCommand) -> Config:
     if command.recipe not in RECIPES:
         raise ValueError(f"there is no recipe {command.recipe!r}; python train.py --list")
     config = RECIPES[command.recipe]()
-    if not isinstance(config, Config):
-        raise ValueError(f"{config.name} trains no PixelLLM; plan takes the recipes that do")
+    if not isinstance(config, Planned):
+        raise ValueError(f"{config.name} trains eyes alone; plan takes recipes of whole models")
     train = replace(
         config.train,
         recompute=command.recompute or config.train.recompute,
@@ -81,12 +82,16 @@ def configure(command: PlanCommand) -> Config:
     )
     if command.bfloat16:
         model = config.model
-        sam, language = (replace(part, bfloat16=True) for part in (model.sam, model.language))
-        config = replace(config, model=replace(model, sam=sam, language=language))
+        parts = {
+            name: replace(getattr(model, name), bfloat16=True)
+            for name in ("sam", "language")
+            if hasattr(model, name)
+        }
+        config = replace(config, model=replace(model, **parts))
     return replace(config, train=train, max_tokens=command.tokens or config.max_tokens)
 
 
-def estimate(config: Config, command: PlanCommand) -> dict[str, Any]:
+def estimate(config: Planned, command: PlanCommand) -> dict[str, Any]:
     """Everything that is printed; memory in bytes of a process, speed of all processes."""
     images = command.images or images_at_once(config, command.gpus)
     model = build_shapes(config)
@@ -107,11 +112,11 @@ def estimate(config: Config, command: PlanCommand) -> dict[str, Any]:
         "fits": [name for name, m in memory.items() if m.total <= command.memory * GIBIBYTE],
         "gflops_per_image": {"forward": flops[0], "backward": flops[1]},
         "images_per_second": {"this processor": speed(steps, measure_cpu()), **speeds},
-        "left_out": [] if config.model.detector is None else ["detector"],
+        "left_out": ["detector"] if getattr(config.model, "detector", None) else [],
     }
 
 
-def images_at_once(config: Config, gpus: int) -> int:
+def images_at_once(config: Planned, gpus: int) -> int:
     """Images of a micro batch; accumulation is a multiple of the processes."""
     accumulate = -(-config.train.accumulate // gpus) * gpus
     return max(config.train.batch_size // accumulate, 1)
@@ -151,7 +156,7 @@ def remedy(command: PlanCommand) -> str:
 
 def as_text(found: dict[str, Any], command: PlanCommand) -> str:
     head = f"{found['recipe']}: {found['processes']} processes, {found['images']} images at once"
-    lines = [f"{head}, captions of {found['tokens']} tokens"]
+    lines = [f"{head}, texts of at most {found['tokens']} tokens"]
     lines.append(f"{'part':18}{'learned':>15}{'frozen':>15}")
     parts = {**found["learned_and_frozen"]}
     parts["all"] = tuple(sum(column) for column in zip(*parts.values(), strict=True))

@@ -273,10 +273,11 @@ def _llama(config: LanguageConfig, ids: SpecialIds) -> LlamaConfig:
         intermediate_size=config.ff_width,
         num_hidden_layers=config.num_decoder_layers,
         num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
         # At the usual 0.02 a narrow model begins by attending to everything alike.
         initializer_range=config.width**-0.5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # hundreds of visual tokens
-        tie_word_embeddings=True,  # what is seen of a thing and its name meet in one space
+        tie_word_embeddings=config.tied,  # what is seen and its name then meet in one space
         pad_token_id=ids.pad_id,
         bos_token_id=ids.bos_id,
         eos_token_id=ids.eos_id,
