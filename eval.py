@@ -37,7 +37,7 @@ from pixelllm.tables import Table
 from pixelllm.training.captioning import BASELINE_FILE
 
 Task = Literal[
-    "trace", "caption", "referring", "segmentation", "region", "dense", "grounded", "vqa"
+    "trace", "caption", "referring", "segmentation", "region", "dense", "grounded", "vqa", "pointed"
 ]
 
 
@@ -101,8 +101,8 @@ def score(options: Options, model: PixelLLM | PerceptionGPT) -> Evaluation:
     limits = Limits(options.limit, options.beams, options.batch_size)
     task = (model, table, limits)
     check_task(options, model)
-    if options.task == "vqa":
-        return evaluate_answers(*task, options.in_turn)
+    if options.task in ("vqa", "pointed"):
+        return evaluate_answers(*task, options.in_turn, options.task)
     if options.task == "caption":
         return evaluate_captions(*task, training_captions(options.run, "caption"))
     if options.task == "grounded":
@@ -124,7 +124,7 @@ def score(options: Options, model: PixelLLM | PerceptionGPT) -> Evaluation:
 def check_task(options: Options, model: PixelLLM | PerceptionGPT) -> None:
     """Raise ValueError for a task that the run's kind of model does not do."""
     is_perception = isinstance(model, PerceptionGPT)
-    others = ("trace", "dense") if is_perception else ("grounded", "vqa")
+    others = ("trace", "dense") if is_perception else ("grounded", "vqa", "pointed")
     if options.task in others:
         raise ValueError(
             f"{options.run} is a {type(model).__name__}, which has no task {options.task!r}"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from data.scene_answers import Answered, shikra_line
 from data.scene_captions import Part, entity_files
 from data.scene_expressions import Expression
 from data.scene_narrations import BACKDROPS, Narration
@@ -50,6 +51,7 @@ class Example:
     questions: list[tuple[str, str]]  # with answers
     talk: list[tuple[str, str]]  # rounds, where what is said depends on what was; or nothing
     captions: list[list[Part]]  # grounded sentences
+    answered: list[Answered]  # questions with pointing answers
 
     @property
     def file_name(self) -> str:
@@ -92,6 +94,7 @@ def entries_of(example: Example) -> Entries:
         f"scenes_{split}_localized_narratives.jsonl": json.dumps(narrative_line(example)),
         f"scenes_{split}_truth.jsonl": json.dumps(truth_line(example)),
         f"flickr30k/{split}.txt": example.file_name.removesuffix(".jpg"),
+        f"shikra_{split}.jsonl": "\n".join(_shikra(example, objects)),
     }
     members = entity_files(example.captions, example.scene, objects, example.file_name)
     return Entries(lines, lists, _refs(example, objects), members)
@@ -265,6 +268,13 @@ def _llava(example: Example, rounds: list[tuple[str, str]]) -> dict[str, Any]:
         turns.append({"from": "gpt", "value": answer})
     image = f"{example.split}/{example.file_name}"
     return {"id": str(example.image_id), "image": image, "conversations": turns}
+
+
+def _shikra(example: Example, objects: list[dict[str, Any]]) -> list[str]:
+    """Lines as in Shikra-RD, whose boxes are corners."""
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (thing["bbox"] for thing in objects)]
+    image = f"{example.split}/{example.file_name}"
+    return [shikra_line(question, said, corners, image) for question, said in example.answered]
 
 
 def write_annotations(entries: Iterable[Entries], folder: Path) -> None:

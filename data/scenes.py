@@ -3,10 +3,10 @@
     python -m data.scenes runs/scenes --train 20000 --val 500 --seed 0
     python -m data.scenes runs/crowded --train 4000 --objects 10 14 --min-size 0.13 --max-size 0.3
 
-Writes JPEG images; narratives, instances, captions, referring expressions, regions, conversations
-and grounded captions in the layouts of the corpora (`data.scene_layouts`); and a truth file that
-says which object every mention and expression is about. Scene i of a split depends on the seed,
-the split, i and the world, on nothing else.
+Writes JPEG images; narratives, instances, captions, referring expressions, regions, conversations,
+grounded captions and pointing answers in the layouts of the corpora (`data.scene_layouts`); and a
+truth file that says which object every mention and expression is about. Scene i of a split depends
+on the seed, the split, i and the world, on nothing else.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from data.scene_answers import pointing_answers
 from data.scene_captions import grounded_captions
 from data.scene_expressions import expressions, follow_ups, questions, region_phrase
 from data.scene_images import draw_scene
@@ -108,6 +109,7 @@ def make_example(options: Options, split: str, index: int) -> Example:
         questions=questions(writer, scene, options.world, is_train),
         talk=follow_ups(Random(f"talk {seeds}"), scene, is_train),
         captions=grounded_captions(Random(f"captions {seeds}"), scene),
+        answered=pointing_answers(Random(f"answers {seeds}"), scene, is_train),
     )
 
 

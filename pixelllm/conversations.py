@@ -105,7 +105,7 @@ def _answer(phrase: Phrase, segment: bool) -> tuple[str, list[Referent]]:
         if phrase.target_box is None:
             raise ValueError(f"{phrase.id}: a referring phrase has no target_box to answer with")
         return ANSWER, [Referent(phrase.target_box, phrase.mask if segment else None)]
-    if phrase.task == "grounded":
+    if phrase.task in ("grounded", "pointed"):
         try:
             marked, boxes = mark_caption(phrase.caption, phrase.pieces)
         except ValueError as error:

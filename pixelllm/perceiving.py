@@ -41,7 +41,16 @@ from pixelllm.pretrained import TRUNK_FOLDER, special_ids
 from pixelllm.quantize import quantize_trunk, quantize_when_loaded, require_unquantized
 from pixelllm.records import Box
 from pixelllm.squares import square_image
-from pixelllm.templates import ANSWER, CAPTION, CONVERSE, DESCRIBE, GROUND, LOCATE, SHORT_ANSWER
+from pixelllm.templates import (
+    ANSWER,
+    CAPTION,
+    CONVERSE,
+    DESCRIBE,
+    GROUND,
+    LOCATE,
+    POINT,
+    SHORT_ANSWER,
+)
 from pixelllm.written import Answer, answer_last, ask_next, read_answer
 
 PUBLISHED = ("language", "clip")  # parts whose weights a config can name
@@ -52,6 +61,7 @@ WORDINGS = {
     "caption": CAPTION[0],
     "question": SHORT_ANSWER[0],
     "conversation": CONVERSE[0],
+    "pointed": POINT[0],
 }
 NOWHERE: Box = (0.0, 0.0, 1.0, 1.0)  # of an object that the model is to find
 

@@ -45,6 +45,7 @@ SEGMENTED = Source(
     mask_weight=2.0,
 )
 
+POINTED = Source("pointed", phrases_per_image=8, contexts=templates.POINT)
 CAPTIONED = Source("caption", contexts=templates.CAPTION)
 # A question may be about what was said before: rounds of one conversation.
 DISCUSSED = Source(
@@ -112,6 +113,7 @@ def perceptiongpt_7b_all() -> PerceptionConfig:
             replace(DESCRIBED, phrases_per_image=16),
             GROUNDED,
             CAPTIONED,
+            POINTED,
             replace(DISCUSSED, tables="*", weight=2),
         ),
     )
@@ -196,6 +198,7 @@ def scenes_perceptiongpt_all() -> PerceptionConfig:
             SEGMENTED,
             CAPTIONED,
             replace(DISCUSSED, weight=2),
+            replace(POINTED, weight=2),
         ),
         train=replace(base.train, steps=4000),
     )

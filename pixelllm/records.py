@@ -39,8 +39,8 @@ class Phrase:
 
     Args:
         id: unique in its table, names the phrase in errors and predictions.
-        task: "narration", "caption", "grounded", "region", "referring" or "question"; selects the
-            source.
+        task: "narration", "caption", "grounded", "region", "referring", "question" or "pointed", a
+            question whose answer points; selects the source.
         caption: the target words.
         context: text given to the model before it writes, without a template.
         prompt_box: location prompt; None is the whole image.

@@ -85,4 +85,12 @@ SHORT_ANSWER = (
     f"{{}} Base your short answer on this image: {IMAGE}",
     f"Answer a question about {IMAGE} in few words. {{}}",
 )
+POINT = _after_image(
+    "{} Answer, and mark every object you mention.",
+    "{} Show where the things in your answer are.",
+    "Answer with the places of what you speak of: {}",
+    "{} Point at everything that your answer names.",
+    "Question: {} Reply with boxes and masks.",
+    "Tell me, and locate what you mention: {}",
+)
 CONVERSE = (f"{IMAGE} {{}}", f"{{}} {IMAGE}")

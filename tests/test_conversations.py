@@ -18,7 +18,9 @@ REGION = Phrase("region/2", "region", "a red car", prompt_box=BOX, target_box=BO
 GROUNDED = Phrase("grounded/3", "grounded", "A car.", pieces=(Piece(0, 5, None, BOX),))
 CAPTION = Phrase("caption/4", "caption", "A car on sand.")
 QUESTION = Phrase("question/5", "question", "red", "What color is it?")
+POINTED = replace(GROUNDED, id="pointed/6", task="pointed", context="What is it?")
 BY_TASK = [
+    (POINTED, templates.POINT),
     (REFERRING, (*templates.LOCATE, *templates.SEGMENT)),
     (REGION, templates.DESCRIBE),
     (GROUNDED, templates.GROUND),

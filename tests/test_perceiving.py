@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval as command
 import train
-from data import coco, flickr30k, llava
+from data import coco, flickr30k, llava, shikra
 from pixelllm import cli, templates
 from pixelllm.box_text import spell_box
+from pixelllm.commands.ask import usual_task
 from pixelllm.config import Config, LanguageConfig, Source, TrainConfig
 from pixelllm.conversations import Conversation
 from pixelllm.evaluation.answers import normalised, score_phrases
@@ -44,6 +45,7 @@ from pixelllm.perception_recipes import (
     DESCRIBED,
     GROUNDED,
     LOCATED,
+    POINTED,
     SEGMENTED,
     perceptiongpt_7b,
 )
@@ -515,6 +517,18 @@ def test_every_task_is_evaluated(run, perception_tables, tmp_path):
         assert result["num_examples"] == len(known) and 0 <= result["metrics"][score] <= 1
         assert len(json.loads((tmp_path / f"{task}_results.json").read_text())) == len(known)
     assert evaluate(run, "vqa", questions, tmp_path, limit=4)["num_examples"] == 4
+
+
+def test_answers_that_point_are_scored_by_words_and_boxes(run, tiny_scenes, tmp_path):
+    lines = tiny_scenes / "annotations/shikra_train.jsonl"
+    shikra.convert([lines], tiny_scenes, tmp_path / "pointed")
+    config = replace(CONFIG, start=PerceptionStart(run=str(run)), sources=(POINTED,))
+    taught = run_stage(config, [tmp_path / "pointed"], tmp_path / "pointed", tmp_path / "run")
+    found = evaluate(taught, "pointed", tmp_path / "pointed", tmp_path)
+    assert set(found["metrics"]) == {"exact_answers", "phrase_precision", "phrase_recall"}
+    assert found["num_examples"] == sum(len(r.phrases) for r in Table(tmp_path / "pointed"))
+    assert usual_task(PerceptionGPT.from_pretrained(taught), False) == "pointed"
+    assert usual_task(PerceptionGPT.from_pretrained(run), False) == "question"
 
 
 def test_conversations_are_evaluated_by_the_answers_of_the_model_itself(

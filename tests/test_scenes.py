@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from data import flickr30k, llava, refcoco, visual_genome
+from data import flickr30k, llava, refcoco, shikra, visual_genome
 from data.scene_expressions import parse_region
 from data.scene_images import SHAPES, draw_scene
 from data.scene_layouts import narrative_line, short_caption
@@ -435,6 +435,22 @@ def test_conversations_are_written_where_there_is_something_to_talk_about(writte
     llava.convert([written / "annotations/talks_val.json"], written, tmp_path / "table")
     records = list(Table(tmp_path / "table"))
     assert 60 < len(records) <= 80 and all(len(record.phrases) in (2, 4, 6) for record in records)
+
+
+def test_the_reader_of_pointing_answers_finds_the_objects_they_name(written, tmp_path):
+    shikra.convert([written / "annotations/shikra_val.jsonl"], written, tmp_path / "table")
+    things = {line["image_id"]: line["objects"] for line in truth_of(written)}
+    counted = 0
+    for record in Table(tmp_path / "table"):
+        for phrase in record.phrases:
+            for piece in phrase.pieces:
+                words = phrase.caption[piece.start : piece.end].split()
+                boxes = [tuple(t["box"]) for t in things[record.id.split("/")[1]]
+                         if t["kind"] in words[-1] and (words[-2] in ("one", t["colour"])
+                         or len(words) == 2)]  # fmt: skip
+                assert min(np.abs(np.subtract(box, piece.box)).max() for box in boxes) < 0.01
+            counted += "How many" in phrase.context
+    assert counted == 80
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -21,6 +21,7 @@ from pixelllm.images import open_image
 from pixelllm.locating import Location
 from pixelllm.models.answering import sampler
 from pixelllm.overlays import write_objects
+from pixelllm.perceiving import PerceptionGPT
 from pixelllm.written import Answer
 
 
@@ -34,8 +35,10 @@ class AskCommand:
             its objects are marked.
         in_turn: the questions are one conversation: each is read after the answers before it.
         model: folder of a finished run, or a Hub id.
-        task: how questions are worded: "question" asks for an answer in a word or two,
-            "conversation" for one of any length, "referring" for the place of what is named.
+        task: how questions are worded: "pointed" asks for an answer that points at what it
+            mentions, "question" for one in a word or two, "conversation" for one of any length,
+            "referring" for the place of what is named. By default the first of these that the
+            model was taught; of questions in turn, "conversation".
         beams: beam search width; 1 is greedy.
         sample: draw words at random instead of taking the likeliest.
         temperature: of --sample; below 1 likelier words, above 1 rarer ones.
@@ -52,7 +55,7 @@ class AskCommand:
     model: str
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
     in_turn: bool = False
-    task: Literal["question", "conversation", "referring"] = "question"
+    task: Literal["pointed", "question", "conversation", "referring"] | None = None
     beams: int = 1
     sample: bool = False
     temperature: float = 1.0
@@ -72,13 +75,14 @@ def ask(command: AskCommand) -> None:
         raise ValueError(f"{command.model} is no PerceptionGPT; only those answer questions")
     model = load_any_model(command.model, command.device, command.dtype, command.int8)
     image = open_image(command.image)
-    asked = [model.question(command.task, question) for question in command.questions]
+    task = command.task or usual_task(model, command.in_turn)
+    asked = [model.question(task, question) for question in command.questions]
     torch.manual_seed(command.seed)
     asked = asked or [model.question("grounded")]
     answers = model.ask([image], [asked], in_turn=command.in_turn, **search)[0]
     shown = []
     for question, answer in zip(command.questions or ("",), answers, strict=True):
-        unnamed = question if command.task == "referring" else ""
+        unnamed = question if task == "referring" else ""
         found = _named_objects(answer, unnamed)
         shown += found
         if command.json:
@@ -88,6 +92,14 @@ def ask(command: AskCommand) -> None:
             print("\n".join([answer.text, *(f"  {as_text(*item)}" for item in found)]))
     if command.png:
         write_objects(image, [as_object(*item) for item in shown], command.png)
+
+
+def usual_task(model: PerceptionGPT, in_turn: bool) -> str:
+    """How questions are worded where nobody says."""
+    if in_turn:
+        return "conversation"
+    taught = {source.task for source in model.config.sources}
+    return "pointed" if "pointed" in taught else "question"
 
 
 def answer_search(search: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pixelllm.tables import Table
 from pixelllm.views import open_record_image
 from pixelllm.written import Answer
 
-TASKS = {"vqa": "question", "grounded": "grounded"}  # of the table, by that of the evaluation
+TASKS = {"vqa": "question", "pointed": "pointed"}  # of the table, by that of the evaluation
 Written = tuple[Record, Phrase, Answer]
 
 
@@ -66,24 +66,30 @@ def _first(
 
 
 def evaluate_answers(
-    model: PerceptionGPT, table: Table, limits: Limits, in_turn: bool = False
+    model: PerceptionGPT, table: Table, limits: Limits, in_turn: bool = False, task: str = "vqa"
 ) -> Evaluation:
     """The share of questions whose answer is the true one, letter case and a full stop aside.
 
     Args:
         in_turn: as in `write_about`.
+        task: "vqa", or "pointed", where also the objects of the answers count, as those of grounded
+            captions do.
     """
-    found = list(write_about(model, table, TASKS["vqa"], limits, in_turn))
+    found = list(write_about(model, table, TASKS[task], limits, in_turn))
     truths = [normalised(phrase.caption) for _, phrase, _ in found]
     right = [normalised(a.text) == t for (_, _, a), t in zip(found, truths, strict=True)]
     (_, most), *_ = Counter(truths).most_common(1)
     results = [{"question_id": p.id, "answer": a.text} for _, p, a in found]
+    objects: Scores = {}
+    if task == "pointed":
+        objects = score_phrases([(p, a) for _, p, a in found])
+        results = [{"question_id": p.id, **a.to_json()} for _, p, a in found]
     return Evaluation(
-        metrics={"exact_answers": sum(right) / len(right)},
+        metrics={"exact_answers": sum(right) / len(right), **objects},
         baselines={"exact_answers": most / len(truths)},
         num_examples=len(found),
         trivial="the most frequent answer to all questions",
-        predictions={"vqa_results.json": json.dumps(results)},
+        predictions={f"{task}_results.json": json.dumps(results)},
     )
 
 
@@ -99,7 +105,7 @@ def evaluate_grounded(
     `phrase_precision` is the share of written objects that overlap by more than a half an object
     that the true caption gives the same phrase; `phrase_recall` that of true ones found so.
     """
-    found = list(write_about(model, table, TASKS["grounded"], limits))
+    found = list(write_about(model, table, "grounded", limits))
     references = {phrase.id: [phrase.caption] for _, phrase, _ in found}
     captions = captions or [phrase.caption for _, phrase, _ in found]
     drawn = dict(zip(references, random_captions(len(references), captions), strict=True))
