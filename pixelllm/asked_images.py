@@ -47,6 +47,12 @@ def to_referent(box: Box, mask: EncodedMask | None, size: tuple[int, int]) -> Re
     return Referent(check_box(tuple(map(float, box))), mask)
 
 
+def roomy_box(box: Box, least: float = 1e-3) -> Box:
+    """The box with sides of at least so much, which a predicted one need not have."""
+    x0, y0 = (min(corner, 1 - least) for corner in box[:2])
+    return (x0, y0, max(box[2], x0 + least), max(box[3], y0 + least))
+
+
 def size_of(image: Image) -> tuple[int, int]:
     return image.height, image.width
 

@@ -27,18 +27,21 @@ class Location:
 
     `box` is xyxy in [0, 1] of the image. `score` is the probability per word that the model
     gives the expression as a caption of that box. It compares captions of one form: words that
-    captions do not have (relations, "the") make it small whatever is there, so it does not tell
-    whether the image has such an object. `mask` is COCO's run-length encoding at the image's
-    size, None where none was asked for.
+    captions do not have (relations, "the") make it small whatever is there. `mask` is COCO's
+    run-length encoding at the image's size. `caption` is what the model calls that box by itself:
+    where an expression fits no object it names another one. Both are None where not asked for.
     """
 
     box: Box
     score: float
     mask: dict[str, Any] | None = None
+    caption: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; with a mask also its outline as `polygons` in [0, 1]."""
         found = {"box": list(self.box), "score": self.score}
+        if self.caption is not None:
+            found["caption"] = self.caption
         if self.mask is not None:
             found |= {"mask": self.mask, "polygons": trace_mask(decode_mask(self.mask))}
         return found

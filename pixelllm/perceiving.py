@@ -6,6 +6,7 @@ What is asked is worded as the recipe's training data words it first (`pixelllm.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pixelllm.asked_images import (
     EncodedMask,
     Rows,
     check_one_each,
+    roomy_box,
     size_of,
     to_location,
     to_referent,
@@ -34,10 +36,11 @@ from pixelllm.marked_text import VIS
 from pixelllm.markers import marker_ids
 from pixelllm.model_card import model_card
 from pixelllm.models.answering import Choose, most_probable, write_answers
+from pixelllm.models.build import SpecialIds
 from pixelllm.models.build_perception import build_perception
 from pixelllm.models.perceptiongpt import PerceptionGPTNetwork
-from pixelllm.perception_config import PerceptionConfig
-from pixelllm.pretrained import TRUNK_FOLDER, special_ids
+from pixelllm.perception_config import PerceptionConfig, named_parts
+from pixelllm.pretrained import TRUNK_FOLDER
 from pixelllm.quantize import quantize_trunk, quantize_when_loaded, require_unquantized
 from pixelllm.records import Box
 from pixelllm.squares import square_image
@@ -53,7 +56,6 @@ from pixelllm.templates import (
 )
 from pixelllm.written import Answer, answer_last, ask_next, read_answer
 
-PUBLISHED = ("language", "clip")  # parts whose weights a config can name
 WORDINGS = {
     "referring": LOCATE[0],
     "region": DESCRIBE[0],
@@ -83,7 +85,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         published: Collection[str] = (),
         trunk: PretrainedConfig | None = None,
     ) -> None:
-        ids = marker_ids(tokenizer), special_ids(tokenizer)
+        ids = marker_ids(tokenizer), SpecialIds.of(tokenizer)
         super().__init__(**build_perception(config.model, *ids, published, trunk))
         self.config = config
         self.tokenizer = tokenizer
@@ -170,6 +172,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         images: Sequence[Image],
         texts: Sequence[Sequence[str]],
         with_masks: bool = False,
+        with_captions: bool = False,
     ) -> list[list[Location]]:
         """Where expressions point, in one pass: the answer's words are given.
 
@@ -179,12 +182,27 @@ class PerceptionGPT(PerceptionGPTNetwork):
         Args:
             images: RGB; texts: the expressions of each.
             with_masks: also segment what they point at.
+            with_captions: also say what is seen there, if the model was taught to describe boxes.
 
         Raises ValueError: an expression is empty, or an image has none.
         """
         check_one_each(images, texts, "expressions")
-        if self.config.model.vis.form != "vis":
-            return self._locate_in_words(images, texts, with_masks)
+        in_words = self.config.model.vis.form != "vis"
+        find = self._locate_in_words if in_words else self._locate_in_states
+        located = find(images, texts, with_masks)
+        if with_captions and "region" in {source.task for source in self.config.sources}:
+            boxes = [[roomy_box(found.box) for found in of_image] for of_image in located]
+            masks = [[found.mask for found in of_image] for of_image in located]
+            seen = self.describe_boxes(images, boxes, masks=masks if with_masks else None)
+            for of_image, captions in zip(located, seen, strict=True):
+                pairs = zip(of_image, captions, strict=True)
+                of_image[:] = [replace(found, caption=c.text) for found, c in pairs]
+        return located
+
+    def _locate_in_states(
+        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
+    ) -> list[list[Location]]:
+        """As `locate`, by a model that decodes boxes of its states."""
         found = Referent(NOWHERE)
         asked = [
             [
@@ -368,15 +386,3 @@ class PerceptionGPT(PerceptionGPTNetwork):
         device = next(self.parameters()).device
         pixels = torch.stack([square_image(image, frame) for image in images])
         return pixels.to(device), batch.to(device), Rows(width, [len(found) for found in asked])
-
-
-def named_parts(config: PerceptionConfig) -> list[str]:
-    """Published parts that saved models name the source of: those that do not learn."""
-    if config.include_frozen:
-        return []
-    language, clip = config.model.language, config.model.clip
-    is_named = {
-        "language": language.trunk is not None and language.lora_rank > 0,
-        "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
-    }
-    return [part for part in PUBLISHED if is_named[part]]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pixelllm.config import LanguageConfig, Source, TrainConfig
 
+PUBLISHED = ("language", "clip")  # parts whose weights a config can name
 VisInput = Literal["box", "mask", "random"]
 BoxForm = Literal["vis", "numbers", "tokens"]
 
@@ -112,6 +113,18 @@ class PerceptionConfig:
     max_tokens: int = 2048  # of a conversation, image included
     max_new_tokens: int = 128  # of an answer
     include_frozen: bool = False  # whether saved models carry their frozen pretrained parts
+
+
+def named_parts(config: PerceptionConfig) -> list[str]:
+    """Published parts that saved models name the source of: those that do not learn."""
+    if config.include_frozen:
+        return []
+    language, clip = config.model.language, config.model.clip
+    is_named = {
+        "language": language.trunk is not None and language.lora_rank > 0,
+        "clip": clip.weights is not None and "clip.vit" in config.train.frozen,
+    }
+    return [part for part in PUBLISHED if is_named[part]]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class PixelLLM(PixelLLMNetwork):
         language = build_language(
             config.model.language,
             config.model.prompt.output_width,
-            special_ids(tokenizer),
+            SpecialIds.of(tokenizer),
             "language" in published,
             trunk,
         )
@@ -253,12 +253,14 @@ class PixelLLM(PixelLLMNetwork):
         is_place: Tensor,
         with_masks: bool = False,
         snap: bool = False,
+        with_captions: bool = False,
         max_rows: int = 128,
     ) -> list[Location]:
         """Where expressions point.
 
         Args:
             with_masks: also segment what they point at.
+            with_captions: also say what is seen there, which tells where nothing fits.
             snap: take the detected box that fits best instead of the words' own (`snap_boxes`).
             max_rows: expressions at a time, which bounds the memory.
             The others come from `Processor.locating`.
@@ -278,8 +280,9 @@ class PixelLLM(PixelLLMNetwork):
         chunks = torch.arange(len(is_place)).view(B, -1).split(max(1, max_rows // B), dim=1)
         located = []
         for rows in (chunk.flatten() for chunk in chunks):
-            part = (Text(*(tensor[rows] for tensor in text)), is_place[rows], with_masks, detected)
-            located.append(self._locate(features, sizes, image_sizes, boxes, *part))
+            part = (Text(*(tensor[rows] for tensor in text)), is_place[rows])
+            wanted = (with_masks, with_captions, detected)
+            located.append(self._locate(features, sizes, image_sizes, boxes, *part, *wanted))
         return join_chunks(located, B)
 
     def _locate(
@@ -291,6 +294,7 @@ class PixelLLM(PixelLLMNetwork):
         text: Text,
         is_place: Tensor,
         with_masks: bool,
+        with_captions: bool,
         detected: ScoredBoxes | None,
     ) -> list[Location]:
         """`locate` of so few expressions that they go at once."""
@@ -308,8 +312,12 @@ class PixelLLM(PixelLLMNetwork):
                 original_mask(row, sizes[n // K], frame, tuple(image_sizes[n // K].tolist()))
                 for n, row in enumerate(logits.flatten(0, 1))
             ]
-        rows = zip(found.boxes.flatten(0, 1).tolist(), fit.tolist(), masks, strict=True)
-        return [Location(tuple(box), score, mask) for box, score, mask in rows]
+        texts: list[str | None] = [None] * len(fit)
+        if with_captions:
+            seen = self.caption_boxes(features, sizes, found.boxes, *context)
+            texts = [caption.text for caption in seen]
+        rows = zip(found.boxes.flatten(0, 1).tolist(), fit.tolist(), masks, texts, strict=True)
+        return [Location(tuple(box), *rest) for box, *rest in rows]
 
     @torch.no_grad()
     def describe(
@@ -388,9 +396,3 @@ class PixelLLM(PixelLLMNetwork):
             self.tokenizer,
             ((token, self.point_head(hidden)[0].cpu(), score) for token, hidden, score in tokens),
         )
-
-
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    """Captions begin with padding, as T5's do, where the tokenizer has no begin token."""
-    begin = tokenizer.pad_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
-    return SpecialIds(tokenizer.pad_token_id, begin, tokenizer.eos_token_id)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pixelllm.asked_images import roomy_box
 from pixelllm.contexts import REGION_CONTEXT
 from pixelllm.locating import SURE, Location, locate_boxes, snap_boxes, word_probability
 from pixelllm.mask_codes import decode_mask
@@ -89,6 +90,19 @@ def test_chunks_of_expressions_give_what_all_give_at_once(tiny_joint_model, pict
             assert len(ours) == len(theirs)
             for one, other in zip(ours, theirs, strict=True):
                 assert_close(one, other)
+
+
+def test_what_is_found_is_captioned_as_its_box_is(tiny_joint_model, pictures):
+    """Rows of images with fewer expressions included, in chunks as at once."""
+    expressions = [["a car", "the red tree", "it"], ["a ball"]]
+    found = locate(tiny_joint_model, pictures[:2], expressions, with_captions=True)
+    chunks = locate(tiny_joint_model, pictures[:2], expressions, with_captions=True, max_rows=2)
+    for picture, of_image, others in zip(pictures, found, chunks, strict=False):
+        for one, other in zip(of_image, others, strict=True):
+            inputs = tiny_joint_model.processor()([picture], [[roomy_box(one.box)]])
+            (caption,) = tiny_joint_model.generate(**inputs)
+            assert one.caption == other.caption == caption.text
+    assert locate(tiny_joint_model, pictures[:2], expressions)[0][0].caption is None
 
 
 def test_masks_have_the_size_of_the_image_and_boxes_lie_inside(tiny_joint_model, pictures):

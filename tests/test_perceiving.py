@@ -18,6 +18,7 @@ import eval as command
 import train
 from data import coco, flickr30k, llava, shikra
 from pixelllm import cli, templates
+from pixelllm.asked_images import roomy_box
 from pixelllm.box_text import spell_box
 from pixelllm.commands.ask import usual_task
 from pixelllm.config import Config, LanguageConfig, Source, TrainConfig
@@ -165,6 +166,18 @@ def test_expressions_are_located_each_on_its_own(model, images):
             assert 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1 and 0 < location.score < 1
             assert decode_mask(location.mask).shape == (image.height, image.width)
     assert model.locate(images[:1], texts[:1])[0][0].mask is None
+
+
+def test_what_is_found_is_described_by_itself(model, images):
+    texts = [["the red car", "a tree"], ["a moon"]]
+    plain, told = model.locate(images, texts), model.locate(images, texts, with_captions=True)
+    boxes = [[found.box for found in of_image] for of_image in plain]
+    expected = model.describe_boxes(images, boxes)
+    for of_image, others, captions in zip(plain, told, expected, strict=True):
+        assert [found.box for found in of_image] == [found.box for found in others]
+        assert [found.caption for found in others] == [caption.text for caption in captions]
+    assert plain[0][0].caption is None and "caption" not in plain[0][0].to_json()
+    assert roomy_box((1.0, 0.2, 1.0, 0.2)) == pytest.approx((0.999, 0.2, 1.0, 0.201))
 
 
 def test_a_source_takes_part_in_the_losses_it_has_a_weight_for(perception_tables):
@@ -460,6 +473,8 @@ def test_runs_are_told_apart_by_their_config(run, perception_tables, tmp_path, c
     assert all(found["mask"]["size"] == found["size_hw"] for found in located)
     assert picture.stat().st_size
     box = ["--box", "0.1", "0.2", "0.5", "0.9"]
+    cli.main(["locate", image, "the red car", "--caption", *model])
+    assert "  seen: " in capsys.readouterr().out
     cli.main(["caption", image, *box, "--json", *model])
     captioned = json.loads(capsys.readouterr().out)
     assert captioned["prompt_box"] == [0.1, 0.2, 0.5, 0.9] and captioned["words"] == []

@@ -26,6 +26,8 @@ class LocateCommand:
         texts: expressions, e.g. "the red car left of the tree".
         model: folder of a finished run, or a Hub id.
         mask: also segment what is found (run lengths and polygons with --json).
+        caption: also say what the model sees at the place it found. Every expression gets a box:
+            where nothing fits, that is another object, which this names.
         snap: take the detected box that fits best (needs a model with a detector).
         json: print one JSON object a line instead of text.
         png: write a picture of all boxes and masks.
@@ -38,6 +40,7 @@ class LocateCommand:
     texts: tyro.conf.Positional[tuple[str, ...]]
     model: str
     mask: bool = False
+    caption: bool = False
     snap: bool = False
     json: bool = False
     png: Path | None = None
@@ -61,11 +64,13 @@ def locate(command: LocateCommand) -> None:
     if isinstance(model, PerceptionGPT):
         if command.snap:
             raise ValueError(f"--snap: {command.model} is a PerceptionGPT, which has no detector")
-        locations = model.locate([image], [command.texts], command.mask)[0]
+        wanted = (command.mask, command.caption)
+        locations = model.locate([image], [command.texts], *wanted)[0]
     else:
         inputs = model.processor().locating([image], [command.texts])
         inputs = inputs.to(next(model.parameters()).device)
-        locations = model.locate(**inputs, with_masks=command.mask, snap=command.snap)
+        wanted = {"with_masks": command.mask, "with_captions": command.caption}
+        locations = model.locate(**inputs, **wanted, snap=command.snap)
     found = list(zip(command.texts, locations, strict=True))
     about = {"image": str(command.image), "size_hw": [image.height, image.width]}
     for text, location in found:
@@ -76,9 +81,11 @@ def locate(command: LocateCommand) -> None:
 
 
 def as_text(text: str, location: Location) -> str:
-    """The expression, its box and score, and how much of the image its mask covers."""
+    """The expression, its box and score, what is seen there, and the share of its mask."""
     box = " ".join(f"{value:.3f}" for value in location.box)
     line = f"{text}: box {box}  score {location.score:.3f}"
+    if location.caption is not None:
+        line += f"  seen: {location.caption}"
     if location.mask is None:
         return line
     return f"{line}  mask {100 * decode_mask(location.mask).mean():.1f} % of the image"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import timm
 import torch
 from torch import nn
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from pixelllm.config import Eva02Config, LanguageConfig, ModelConfig, SamConfig
 from pixelllm.models import eva02 as eva02_module
@@ -36,6 +36,12 @@ class SpecialIds(NamedTuple):
     pad_id: int
     bos_id: int
     eos_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+        """Captions begin with padding, as T5's do, where the tokenizer has no begin token."""
+        begin = tokenizer.pad_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
+        return cls(tokenizer.pad_token_id, begin, tokenizer.eos_token_id)
 
 
 NOMINAL_STRIDES = (8, 16, 32, 64, 128)  # the release's, whatever the maps

@@ -23,8 +23,8 @@ from pixelllm.conversations import converse
 from pixelllm.markers import add_markers, marker_ids
 from pixelllm.mixture import Mixture
 from pixelllm.models.perceptiongpt import draw_by_mask
-from pixelllm.perceiving import PUBLISHED, PerceptionGPT
-from pixelllm.perception_config import PerceptionConfig, PerceptionLoss
+from pixelllm.perceiving import PerceptionGPT
+from pixelllm.perception_config import PUBLISHED, PerceptionConfig, PerceptionLoss
 from pixelllm.shards import ShardedTable
 from pixelllm.sources import choose_phrases
 from pixelllm.squares import square_image
