@@ -27,6 +27,7 @@ from pixelllm.evaluation.answers import evaluate_answers, evaluate_grounded
 from pixelllm.evaluation.boxes import evaluate_dense, evaluate_regions
 from pixelllm.evaluation.described import evaluate_captions
 from pixelllm.evaluation.expressions import evaluate_expressions
+from pixelllm.evaluation.meteor import unavailable_reason
 from pixelllm.evaluation.meteor_data import MeteorUnavailable
 from pixelllm.evaluation.objects import find_truth, load_truth
 from pixelllm.evaluation.report import Evaluation, Limits
@@ -129,6 +130,8 @@ def check_task(options: Options, model: PixelLLM | PerceptionGPT) -> None:
         raise ValueError(
             f"{options.run} is a {type(model).__name__}, which has no task {options.task!r}"
         )
+    if options.task in ("region", "dense") and (reason := unavailable_reason()):
+        raise ValueError(f"--task {options.task} needs METEOR: {reason}")
     if options.in_turn and options.task != "vqa":
         raise ValueError(f"--in-turn is for --task vqa, not {options.task!r}")
     if options.snap and is_perception:

@@ -158,7 +158,7 @@ def _refer_referents(file: Path, images: dict, objects: dict) -> Iterator[Refere
 
 
 def _has_expressions(content: dict[str, Any]) -> bool:
-    return any(image.keys() & {"caption", "expressions"} for image in content["images"][:1])
+    return any(image.keys() & {"caption", "expressions"} for image in content["images"])
 
 
 def _mdetr_referents(file: Path, content: dict[str, Any]) -> Iterator[Referent]:

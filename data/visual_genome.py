@@ -102,6 +102,9 @@ class Corpus:
             by_image = defaultdict(list)
             for annotation in content["annotations"]:
                 by_image[annotation["image_id"]].append(annotation)
+            for image_id in by_image.keys() - {image["id"] for image in content["images"]}:
+                number = by_image[image_id][0]["id"]
+                raise ValueError(f"{file}: annotation {number} is of image {image_id}, not listed")
             for image in content["images"]:
                 yield f"{file}: image {image['id']}", image, by_image[image["id"]]
 

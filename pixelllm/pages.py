@@ -8,6 +8,7 @@ in its content security policy. Images are embedded as JPEG and decoded only whe
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -44,14 +45,18 @@ def write_page(
     """
     head, tail = _assemble(template)
     entries = []
+    pictures: dict[tuple[tuple[int, int], bytes], int] = {}
     progress = tqdm(items, desc="images", unit="image", total=count, disable=count < 20)
     with written_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.write(head.replace("{{title}}", html.escape(title)))
-        for number, (image, entry) in enumerate(progress):
-            file.write(_embedded(f"image-{number}", image, LONGEST, quality=85))
-            if count > 1:
-                file.write(_embedded(f"thumbnail-{number}", image, THUMBNAIL, quality=75))
-            entries.append(entry)
+        for image, entry in progress:  # several items may be of one image
+            content = (image.size, hashlib.sha256(image.tobytes()).digest())
+            if content not in pictures:
+                number = pictures[content] = len(pictures)
+                file.write(_embedded(f"image-{number}", image, LONGEST, quality=85))
+                if count > 1:
+                    file.write(_embedded(f"thumbnail-{number}", image, THUMBNAIL, quality=75))
+            entries.append({**entry, "picture": pictures[content]})
         text = json.dumps(entries, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         # Inside a script element only "<" could end it; JSON allows the escape.
         text = text.replace("<", "\\u003c")

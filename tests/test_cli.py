@@ -299,6 +299,8 @@ def test_dense_takes_its_limits(finder, images, capsys, monkeypatch):
     assert seen == [{"max_detections": 2, "num_beams": 3}]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{images[0]}: {len(lines) - 1} found" and 2 <= len(lines) <= 3
+    dense(finder, images[0], "--min-score", "1.1")
+    assert capsys.readouterr().out.splitlines() == [f"{images[0]}: 0 found"]
 
 
 @pytest.mark.parametrize(

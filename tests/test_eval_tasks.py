@@ -31,6 +31,15 @@ def phrases_of(table: Path, task: str) -> list:
     return [(record, p) for record in found for p in record.phrases if p.task == task]
 
 
+@pytest.mark.parametrize("task", ["region", "dense"])
+def test_a_missing_meteor_is_found_before_the_model_works(
+    task, tiny_joint, tiny_tables: Tables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "unavailable_reason", lambda: "no tables; pip install them")
+    with pytest.raises(ValueError, match=f"--task {task} needs METEOR: no tables; pip install"):
+        run(tiny_joint, task, tiny_tables.val_described, tmp_path)
+
+
 @pytest.mark.parametrize("task", ["referring", "segmentation"])
 def test_every_expression_is_scored(
     task, tiny_joint, tiny_tables: Tables, tiny_scenes, tmp_path

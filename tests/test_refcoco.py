@@ -244,6 +244,15 @@ def test_mdetrs_entries_are_regrouped_by_image(tmp_path: Path, images: Path):
     assert first.phrases[0].target_box == pytest.approx(BOX) and first.phrases[0].mask is None
 
 
+def test_mdetrs_layout_is_told_by_any_of_its_entries(tmp_path: Path, images: Path):
+    file = write_mdetr(tmp_path)
+    content = json.loads(file.read_text())
+    del content["images"][0]["caption"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="finetune_refcoco_train.json: image 0: the text"):
+        convert([file], Options(images), tmp_path / "table")
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools' own
 @pytest.mark.parametrize(
     "segmentation",

@@ -217,6 +217,18 @@ def test_gallery_opens_an_image_and_returns(browser, tmp_path):
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+def test_captions_of_one_image_share_its_picture(browser, tmp_path):
+    """Three hundred boxes of a photo would fill the page with copies of it."""
+    names = ("a.png", "b.png", "a.png", "a.png")
+    made = {n: make_caption(tmp_path, n, (200 + 40 * (n == "b.png"), 200)) for n in names}
+    write_html([made[name] for name in names], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 2 * 2
+    show(browser, tmp_path / "page.html")
+    for number, width in ((4, 200), (2, 240)):
+        browser.execute_script(f"location.hash = '#{number}'")
+        wait(browser, f"document.querySelector('#photo').naturalWidth === {width}")
+
+
 def test_large_gallery_loads_what_is_in_sight(browser, tmp_path):
     """Two hundred images stay usable: far thumbnails wait, no full image is decoded."""
     write_html([make_caption(tmp_path, "a.png")] * 200, tmp_path / "many.html")

@@ -102,6 +102,14 @@ def test_grits_layout_is_read(tmp_path: Path, images: Path):
     assert report["dropped"] == {"empty phrase": 1, "image without phrases": 1}
 
 
+def test_a_region_of_an_image_that_is_not_listed_is_named(tmp_path: Path, images: Path):
+    annotation = {"id": 7, "image_id": 3, "bbox": [15, 10, 15, 10], "caption": "a car"}
+    listed = [{"id": 1, "file_name": "1.jpg", "height": 40, "width": 60}]
+    file = write(tmp_path / "train.json", {"images": listed, "annotations": [annotation]})
+    with pytest.raises(ValueError, match="train.json: annotation 7 is of image 3, not listed"):
+        convert([file], Options(images), tmp_path / "table")
+
+
 def test_regions_are_expressions_where_that_is_asked_for(tmp_path: Path, images: Path):
     files = write_corpus(tmp_path)
     plain, both = tmp_path / "plain", tmp_path / "both"

@@ -24,6 +24,7 @@ class DenseCommand:
         images: files to look at.
         model: folder of a finished run, or a Hub id.
         max_detections: objects per image at most.
+        min_score: leave out what scores less.
         beams: beam search width of the captions; 1 is greedy.
         json: print one JSON object per image instead of text.
         html: write a page of all images with their objects.
@@ -36,6 +37,7 @@ class DenseCommand:
     images: tyro.conf.Positional[tuple[Path, ...]]
     model: str
     max_detections: int = 100
+    min_score: float = 0.0
     beams: int = 1
     json: bool = False
     html: Path | None = None
@@ -69,7 +71,7 @@ def dense(command: DenseCommand) -> None:
             {
                 "image": str(path),
                 "size_hw": [image.height, image.width],
-                "detections": [item.to_json() for item in found],
+                "detections": [o.to_json() for o in found if o.score >= command.min_score],
             }
         )
         print(json.dumps(results[-1]) if command.json else as_text(results[-1]), flush=True)
