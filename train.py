@@ -108,6 +108,8 @@ def build(run: Run, config: Recipe, device: torch.device) -> Stage:
 
 def run_training(run: Run, config: Recipe) -> None:
     """Train to the last step and export the model to `run.out`."""
+    if files := [path for path in (run.out, *run.out.parents) if path.is_file()]:
+        raise NotADirectoryError(f"--out {run.out}: {files[0]} is a file; name a folder")
     torch.manual_seed(config.train.seed)
     # Points of a few words leave gradients that fade into denormals: 5 times slower on CPUs.
     torch.set_flush_denormal(True)

@@ -31,7 +31,8 @@ class ShardedTable:
     Args:
         source: a folder of shards, a glob or a single shard; a path or a URL (`hf://`, `s3://`).
 
-    Raises FileNotFoundError where there is no shard, ValueError where they hold no records.
+    Raises FileNotFoundError where there is no shard, ValueError where they hold no records,
+    ConnectionError naming a URL that cannot be reached.
     """
 
     def __init__(self, source: Path | str) -> None:
@@ -39,9 +40,15 @@ class ShardedTable:
         self.name = self.path.rstrip("/").rsplit("/", 1)[-1]
         try:
             self._system, path = fsspec.core.url_to_fs(self.path)
+            self._paths = self._shards(path)
         except ImportError as error:  # the package of the storage, which it names
             raise ValueError(f"{self.path}: {error}") from error
-        self._paths = self._shards(path)
+        except OSError:
+            raise
+        except Exception as error:  # storages have errors of their own
+            if "://" not in self.path:
+                raise
+            raise ConnectionError(f"{self.path} cannot be reached: {error}") from error
         with self._system.open(self._paths[0], "rb") as file:
             try:
                 self._footer = pq.read_metadata(file)

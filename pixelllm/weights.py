@@ -62,7 +62,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
+            reason = "it is damaged, or holds more than tensors, which is never loaded"
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable file of weights alone: {reason}") from error
     for name in ("model", "module", "state_dict"):  # as training scripts save them
         if isinstance(state, dict) and isinstance(state.get(name), dict):

@@ -418,6 +418,13 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
     assert all(len(line.split()) > 4 and len(line) <= 100 for line in lines)
 
 
+def test_an_out_that_is_a_file_is_named_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/run"):
+        with pytest.raises(SystemExit, match=r"--out .*: .*file is a file; name a folder"):
+            train.main(f"scenes-tiny --data a --val b --out {tmp_path / out}".split())
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_train_help_fits_a_screen_and_starts_with_a_command(arguments, capsys):
     train.main(arguments)

@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from test_tables import EMBEDDED, FULL
 
 import data.parquet
@@ -135,6 +136,17 @@ def test_what_is_no_shard_of_records_is_named(tmp_path: Path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 half")
     with pytest.raises(ValueError, match="b.parquet is not a whole Parquet file"):
         open_table(tmp_path / "b.parquet")
+
+
+def test_a_storage_that_cannot_be_reached_is_named(monkeypatch):
+    """Storages raise errors of their own libraries, which are no OSError."""
+
+    def unreachable(*args, **options):
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", unreachable)
+    with pytest.raises(ConnectionError, match="memory://far cannot be reached: Name or service"):
+        ShardedTable("memory://far")
 
 
 def test_a_table_of_any_reader_becomes_shards(tmp_path: Path, monkeypatch):

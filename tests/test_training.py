@@ -198,6 +198,18 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
         train(toy_stage(config), config, tmp_path, resume=False)
 
 
+@pytest.mark.parametrize("changes", [{"seed": 7}, {"batch_size": 2}])
+def test_a_run_goes_on_with_the_batches_it_began_with(tmp_path: Path, changes):
+    config = short_training(4)
+    train(toy_stage(config), config, tmp_path, resume=False)
+    ((name, value),) = changes.items()
+    other = replace(config, steps=6, **changes)
+    with pytest.raises(ValueError, match=f"step-00000004 was made with train.{name} .*, now"):
+        train(toy_stage(other), other, tmp_path, resume=True)
+    longer = replace(config, steps=6, lr=1e-4)  # both are often changed on purpose
+    train(toy_stage(longer), longer, tmp_path, resume=True)
+
+
 def test_a_resume_without_checkpoint_starts(tmp_path: Path):
     config = short_training(2)
     train(toy_stage(config), config, tmp_path, resume=True)

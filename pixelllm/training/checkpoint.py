@@ -41,11 +41,13 @@ START_FOLDER = "start"  # of a run: the model before the first step
 class TrainingState:
     """What changes while training.
 
-    `scores` are the last validation's; `loader` says where streamed data stand, as JSON.
+    `scores` are the last validation's; `loader` says where streamed data stand, as JSON; `order`
+    are the settings that a run cannot go on without, since its batches follow from them.
     """
 
     model: nn.Module
     optimizer: Optimizer
+    order: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
 
@@ -115,6 +117,7 @@ class CheckpointFolder:
                             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
                             write_tensors(whole, beside / "state.safetensors")
                         facts = {"step": step, "scores": state.scores, "loader": state.loader}
+                        facts["order"] = state.order
                         facts["files"] = len(list(beside.glob("*.safetensors")))
                         (beside / STATE_FILE).write_text(json.dumps(facts))
                     self._remove_old()
@@ -163,10 +166,21 @@ class CheckpointFolder:
                     before = [0, *self.steps()][-2]
                     remedy = f"remove {self.path(step)} to go on from step {before}"
                     raise ValueError(f"{error}; {remedy}") from error
+                self._require_order(step, facts.get("order", {}), state.order)
                 state.load(self.path(step), stored)
             state.scores = facts["scores"]
             state.loader = facts.get("loader", {})  # absent in runs from before data were streamed
         return step
+
+    def _require_order(self, step: int, before: dict[str, int], now: dict[str, int]) -> None:
+        for name, value in before.items():
+            if now.get(name, value) == value:
+                continue
+            raise ValueError(
+                f"{self.path(step)} was made with train.{name} {value}, now {now[name]}: other "
+                f"batches would follow. Give --train.{name.replace('_', '-')} {value}, or start a "
+                "run of its own from it (--start.run, another --out)"
+            )
 
     def best(self) -> int | None:
         """The step with the lowest first validation score."""

@@ -83,7 +83,8 @@ def train(
     loss = distribute(stage.model, stage.loss, processes, config.bfloat16)
     stage = replace(stage, loss=loss)
     optimizer = build_optimizer(stage.model, config)
-    state = TrainingState(stage.model, optimizer)
+    order = {"seed": config.seed, "batch_size": config.batch_size}
+    state = TrainingState(stage.model, optimizer, order)
     step = checkpoints.load_newest(state) if resume else 0
     log = RunLog(out, step, config.steps, writes=processes.is_first)
     streams = state.loader
