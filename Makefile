@@ -1,7 +1,8 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
 # make small: the same model after an hour. make joint: one model for every task, from small.
-# make perceptiongpt: the second paper's model, on the same scenes.
+# make perceptiongpt: the second paper's model, on the same scenes. make perceptiongpt-all: it
+# learns captions, conversations and answers that point besides.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -9,7 +10,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart small joint perceptiongpt test lint clean
+.PHONY: quickstart small joint perceptiongpt perceptiongpt-all test lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(RUN)/gallery.html
@@ -153,6 +154,27 @@ perceptiongpt: runs/perceptiongpt/model.safetensors
 	$(PY) eval.py $(<D) --task region --data $(BIG)/named_val
 	$(PY) eval.py $(<D) --task grounded --data $(BIG)/grounded_val
 	$(PY) eval.py $(<D) --task vqa --data $(BIG)/questions_val
+
+$(BIG)/captions_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.coco $(ANNOTATIONS)/captions_$*.json --images $(BIG)/scenes/$* --out $(@D)
+
+$(BIG)/talks_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.llava $(ANNOTATIONS)/talks_$*.json --images $(BIG)/scenes --out $(@D)
+
+$(BIG)/pointed_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.shikra $(ANNOTATIONS)/shikra_$*.jsonl --images $(BIG)/scenes --out $(@D)
+
+ALL_TABLES := referring named grounded questions captions talks pointed
+
+runs/perceptiongpt-all/model.safetensors: runs/perceptiongpt/model.safetensors \
+    $(foreach t,$(ALL_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
+	$(PY) train.py scenes-perceptiongpt-all --data $(ALL_TABLES:%=$(BIG)/%_train) \
+	    --val $(ALL_TABLES:%=$(BIG)/%_val) --start.run runs/perceptiongpt --out $(@D) --resume
+
+perceptiongpt-all: runs/perceptiongpt-all/model.safetensors
+	$(PY) eval.py $(<D) --task pointed --data $(BIG)/pointed_val
+	$(PY) eval.py $(<D) --task vqa --data $(BIG)/talks_val --in-turn
+	$(PY) eval.py $(<D) --task caption --data $(BIG)/captions_val
 
 clean:
 	rm -rf $(RUN)
