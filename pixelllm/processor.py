@@ -138,6 +138,8 @@ class Processor:
 
     def _expressions(self, texts: Sequence[str]) -> Prompted:
         """Expressions as phrases whose place is to be found."""
+        if isinstance(texts, str):
+            raise ValueError(f"expected a list of expressions for each image, not {texts!r}")
         empty = [number for number, text in enumerate(texts) if not text.strip()]
         if empty or not texts:
             what = f"expression {empty[0]} is empty" if empty else "no expression given"

@@ -156,6 +156,7 @@ def test_masks_need_a_mask_head(tiny_model, pictures):
         ([["red"]], "1 lists of expressions for 3 images"),
         ([["red"], ["red", " \n"], ["red"]], "expression 1 is empty; say what to look for"),
         ([["red"], [], ["red"]], "no expression given"),
+        (["red", "blue", "car"], "expected a list of expressions for each image, not 'red'"),
     ],
 )
 def test_bad_expressions_are_named(tiny_joint_model, pictures, expressions, message):
