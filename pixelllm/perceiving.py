@@ -189,6 +189,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         check_one_each(images, texts, "expressions")
         in_words = self.config.model.vis.form != "vis"
         find = self._locate_in_words if in_words else self._locate_in_states
+        with_masks = with_masks or (with_captions and self.config.model.vis.read == "mask")
         located = find(images, texts, with_masks)
         if with_captions and "region" in {source.task for source in self.config.sources}:
             boxes = [[roomy_box(found.box) for found in of_image] for of_image in located]

@@ -198,7 +198,7 @@ def scenes_perceptiongpt_all() -> PerceptionConfig:
             SEGMENTED,
             CAPTIONED,
             replace(DISCUSSED, weight=2),
-            replace(POINTED, weight=2),
+            replace(POINTED, weight=6),
         ),
         train=replace(base.train, steps=4000),
     )

@@ -37,8 +37,8 @@ class AskCommand:
         model: folder of a finished run, or a Hub id.
         task: how questions are worded: "pointed" asks for an answer that points at what it
             mentions, "question" for one in a word or two, "conversation" for one of any length,
-            "referring" for the place of what is named. By default the first of these that the
-            model was taught; of questions in turn, "conversation".
+            "referring" for the place of what is named. By default "pointed" if the model was
+            taught it, else "question"; of questions in turn, "conversation".
         beams: beam search width; 1 is greedy.
         sample: draw words at random instead of taking the likeliest.
         temperature: of --sample; below 1 likelier words, above 1 rarer ones.

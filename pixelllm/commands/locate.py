@@ -25,7 +25,8 @@ class LocateCommand:
         image: file to look at.
         texts: expressions, e.g. "the red car left of the tree".
         model: folder of a finished run, or a Hub id.
-        mask: also segment what is found (run lengths and polygons with --json).
+        mask: also segment what is found (with --json run lengths, and polygons to be filled by the
+            even-odd rule: one inside another is a hole).
         caption: also say what the model sees at the place it found. Every expression gets a box:
             where nothing fits, that is another object, which this names.
         snap: take the detected box that fits best (needs a model with a detector).

@@ -7,6 +7,7 @@ short caption's words (`pixelllm.contexts`, `pixelllm.templates`).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,8 @@ def evaluate_captions(
             texts = [phrase.caption for phrase in record.phrases if phrase.task == TASK]
             references.setdefault(record.id, []).extend(texts)
             hypotheses[record.id] = text
+    if reason := unavailable_reason():
+        print(f"METEOR is left out: {reason}", file=sys.stderr)
     captions = captions or [text for texts in references.values() for text in texts]
     drawn = dict(zip(references, random_captions(len(references), captions), strict=True))
     results = [{"image_id": image_number(n), "caption": text} for n, text in hypotheses.items()]
@@ -75,6 +78,7 @@ def caption_images(
 
 
 def scores_of(hypotheses: dict[str, str], references: dict[str, list[str]]) -> Scores:
+    """With METEOR where its tables are installed."""
     scores = score_captions(hypotheses, references)
     if unavailable_reason() is None:
         scores["meteor"] = score_meteor(hypotheses, references)
