@@ -37,6 +37,7 @@ from pixelllm.tables import Table
 from pixelllm.training.captioning import build_stage
 from pixelllm.training.loader import loader
 from pixelllm.training.optimizer import build_optimizer
+from pixelllm.training.parallel import blocks
 
 WATCHED = ("sam", "eva02", "prompt_encoder.encode_boxes", "extractor", "projection", "language")
 WATCHED += ("language.logits", "point_head")
@@ -74,7 +75,8 @@ class Training:
     """A model of its own that takes the loop's steps.
 
     Args:
-        compiled: "encoders", "loss" (all of the forward pass), or nothing.
+        compiled: "blocks" (of encoders and trunk, one by one, so that equal ones are compiled
+            once), "loss" (all of the forward pass), or nothing.
     """
 
     def __init__(self, config: Config, table: Table, compiled: str = "", threads: int = 1):
@@ -85,9 +87,9 @@ class Training:
         self.stage.model.train()
         self.optimizer = build_optimizer(self.stage.model, config.train)
         self.loss = torch.compile(self.stage.loss) if compiled == "loss" else self.stage.loss
-        if compiled == "encoders":
-            self.stage.model.sam.compile()
-            self.stage.model.eva02.compile()
+        if compiled == "blocks":
+            for block in blocks(self.stage.model):
+                block.compile()
         self.batches = loader(self.stage.batches, 0, self.train)
         self.parts = Parts()
 
@@ -181,7 +183,7 @@ def at_most(seconds: int, what: str) -> Iterator[None]:
 
 
 def compare_compiled(build: Callable[..., Training], rounds: int, seconds: int) -> None:
-    for compiled in ("encoders", "loss"):
+    for compiled in ("blocks", "loss"):
         with at_most(seconds, f"torch.compile of the {compiled}"):
             eager, fast = build(), build(compiled=compiled)
             begin = time.perf_counter()

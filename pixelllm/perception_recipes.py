@@ -200,5 +200,5 @@ def scenes_perceptiongpt_all() -> PerceptionConfig:
             replace(DISCUSSED, weight=2),
             replace(POINTED, weight=6),
         ),
-        train=replace(base.train, steps=4000),
+        train=replace(base.train, steps=7500),
     )

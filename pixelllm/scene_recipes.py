@@ -226,7 +226,7 @@ REGIONS = Source(
 # Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
 PHRASES = Source(
     "region",
-    weight=3,
+    weight=6,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,
@@ -256,7 +256,7 @@ def scenes_joint() -> Config:
         ),
         train=replace(
             small.train,
-            steps=22_000,
+            steps=30_000,
             lr=8e-4,
             frozen=(*small.train.frozen, "mask_head"),
         ),
