@@ -208,7 +208,7 @@ TINY_DETECTOR = DetectorConfig(
 )
 EXPRESSIONS = Source(
     "referring",
-    weight=4,
+    weight=6,
     phrases_per_image=4,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
@@ -256,7 +256,7 @@ def scenes_joint() -> Config:
         ),
         train=replace(
             small.train,
-            steps=30_000,
+            steps=37_000,
             lr=8e-4,
             frozen=(*small.train.frozen, "mask_head"),
         ),
@@ -315,7 +315,7 @@ def masks_alone(config: Config, start: str) -> Config:
         sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0),),
         train=replace(
             config.train,
-            steps=1200,
+            steps=1600,
             lr=2e-3,
             frozen=frozen,
             lr_scales={"mask_head.decoder": 0.2},
