@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 from conftest import GoldenCase, golden_names, load_golden
-from timm.layers import resample_abs_pos_embed
+from timm.layers import SwiGLU, resample_abs_pos_embed
 from timm.models.eva import Eva
+from torch import nn
 from torch.testing import assert_close
 
-from pixelllm.models.eva02 import Eva02Encoder, eva02, eva02_from_timm
+from pixelllm.models.eva02 import AlignedSwiGLU, Eva02Encoder, eva02, eva02_from_timm
 from pixelllm.models.stem import ConvStem
 from pixelllm.scenic import part_state
 
@@ -42,10 +45,10 @@ def test_golden_eva02_vit(name: str):
 def test_encoder_equals_timm_at_another_size(interpolate_rope: bool, generator: torch.Generator):
     """timm fixes the size when the model is built: table and rotary positions resized once."""
     sizes = dict(
-        patch_size=14, embed_dim=24, depth=2, num_heads=3, mlp_ratio=8 / 3, qkv_fused=False,
+        patch_size=14, embed_dim=36, depth=2, num_heads=3, mlp_ratio=8 / 3, qkv_fused=False,
         swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, num_classes=0, global_pool="",
     )  # fmt: skip
-    ours = eva02(56, 14, 24, 2, 3, interpolate_rope=interpolate_rope).eval()
+    ours = eva02(56, 14, 36, 2, 3, interpolate_rope=interpolate_rope).eval()
     theirs = Eva(img_size=90, ref_feat_shape=4 if interpolate_rope else None, **sizes).eval()
     state = ours.vit.state_dict()
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (6, 6), (4, 4))
@@ -81,6 +84,21 @@ def test_named_encoder_equals_timms_own_features(generator: torch.Generator):
     with torch.no_grad():
         expected = theirs.forward_features(images)[:, 1:]
         assert_close(ours(images).flatten(2).mT, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [50, 128])
+def test_aligned_gated_layer_learns_as_timms(hidden: int, generator: torch.Generator):
+    theirs = SwiGLU(12, hidden, norm_layer=nn.LayerNorm)
+    theirs.fc1_g.weight.data.normal_(generator=generator)
+    ours = deepcopy(theirs)
+    ours.__class__ = AlignedSwiGLU
+    x = torch.randn(2, 5, 12, generator=generator)
+    results = [layer(x) for layer in (ours, theirs)]
+    for result in results:
+        result.pow(2).sum().backward()
+    assert_close(*results)
+    for mine, timms in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(mine.grad, timms.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_large_encoder_has_the_published_parameter_count():

@@ -13,6 +13,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import SwiGLU
 from timm.models.eva import Eva, EvaAttention, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from pixelllm.weights import load_exactly, read_weights
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB, 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
+
+ALIGNED = 64  # rows of weights that a matrix product takes at a time, on every processor we know
 
 _AS_FEATURES = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
 
@@ -55,6 +58,29 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(3).to(x.dtype)
 
 
+class AlignedSwiGLU(SwiGLU):
+    """timm's gated feed-forward layer with its two wide products at a width that kernels like.
+
+    EVA02-L's 2,730 hidden channels leave a ragged edge that costs a third of those products'
+    speed. Rows of zeros up to the next multiple of `ALIGNED` are added on the way and their
+    results left out: the parameters and the arithmetic stay timm's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[B, T, C] -> float[B, T, C]."""
+        gates, values = _linear_aligned(self.fc1_g, x), _linear_aligned(self.fc1_x, x)
+        hidden = self.norm(self.drop1(self.act(gates) * values))
+        return self.drop2(self.fc2(hidden))
+
+
+def _linear_aligned(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`; a view of a wider result where the width is not a multiple of `ALIGNED`."""
+    width = layer.out_features
+    missing = -width % ALIGNED
+    bias = None if layer.bias is None else F.pad(layer.bias, (0, missing))
+    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)), bias)[..., :width]
+
+
 class Eva02Encoder(nn.Module):
     """A timm EVA-02 as a map of features; `eva02` and `eva02_from_timm` build it.
 
@@ -68,9 +94,10 @@ class Eva02Encoder(nn.Module):
         self.vit = vit
         self.out_channels = vit.embed_dim
         for block in vit.blocks:
-            block.attn.__class__ = (
-                RotaryAttention  # the parameters stay where checkpoints have them
-            )
+            # Other classes, the same parameters, where checkpoints have them.
+            block.attn.__class__ = RotaryAttention
+            if isinstance(block.mlp, SwiGLU):
+                block.mlp.__class__ = AlignedSwiGLU
         if stem is not None:
             vit.patch_embed.proj = stem
 
