@@ -95,9 +95,9 @@ $(BIG)/referring_%/records.arrow: $(BIG)/scenes/scenes.json
 	    --images $(BIG)/scenes/$* --split $* --out $(@D)
 
 runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
-    $(BIG)/narrations_val/records.arrow $(BIG)/objects_train/records.arrow \
+    $(BIG)/narrations_val/records.arrow $(BIG)/regions_train/records.arrow \
     $(RUN)/sam/model.safetensors $(RUN)/eva02/model.safetensors
-	$(PY) train.py scenes-small --data $(BIG)/narrations_train $(BIG)/objects_train \
+	$(PY) train.py scenes-small --data $(BIG)/narrations_train $(BIG)/regions_train \
 	    --val $(BIG)/narrations_val --start.sam $(RUN)/sam --start.eva02 $(RUN)/eva02 \
 	    --out $(@D) $(CACHE)
 

@@ -95,6 +95,7 @@ def scenes_tiny() -> Config:
                 num_heads=4,
                 output_width=128,
                 value_position=True,
+                box_values=True,
                 from_sam=True,
                 grid_side=5,
                 eva02_share=1.0,
@@ -224,9 +225,10 @@ REGIONS = Source(
     proposals_per_image=4,
 )
 # Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
+# scenes-small knows them already.
 PHRASES = Source(
     "region",
-    weight=6,
+    weight=2,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,

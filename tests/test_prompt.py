@@ -7,7 +7,12 @@ import torch
 from conftest import golden_names, load_golden
 from torch.testing import assert_close
 
-from pixelllm.models.prompt import PromptFeatureExtractor, fuse_features, init_from_sam
+from pixelllm.models.prompt import (
+    PromptFeatureExtractor,
+    centre_and_size,
+    fuse_features,
+    init_from_sam,
+)
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
 from pixelllm.scenic import part_state
 
@@ -74,8 +79,9 @@ def test_prompts_read_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("prompt_width", [WIDTH, 12])
 def test_every_parameter_learns(prompt_width: int):
-    extractor = tiny_extractor(prompt_width=prompt_width, value_position=True)
-    outputs = extractor(*tiny_inputs(prompt_width=prompt_width))
+    own = {"value_position": True, "box_values": True}
+    extractor = tiny_extractor(prompt_width=prompt_width, **own)
+    outputs = extractor(*tiny_inputs(prompt_width=prompt_width), torch.rand(2, 3, 4))
     assert outputs.shape == (2, 3, 6, 10)
     outputs.square().sum().backward()
     unused = [n for n, p in extractor.named_parameters() if p.grad is None or not p.grad.any()]
@@ -109,6 +115,23 @@ def test_value_position_lets_tokens_read_where_without_keys():
         assert torch.allclose(moved, still, atol=1e-5) is not value_position
 
 
+def test_box_values_tell_prompts_of_equal_tokens_apart():
+    features, prompts, dense, positions = tiny_inputs(K=2)
+    prompts[:, 1] = prompts[:, 0]
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.1, 0.2, 0.5, 0.7]]).expand(2, -1, -1)
+    for box_values in (False, True):
+        first, second = tiny_extractor(box_values=box_values)(
+            features, prompts, dense, positions, boxes
+        ).unbind(1)
+        assert torch.allclose(first, second, atol=1e-5) is not box_values
+
+
+def test_centre_and_size_spans_minus_one_to_one():
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.25, 0.5, 0.75]])
+    expected = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, -1.0, 0.0]])
+    assert_close(centre_and_size(boxes), expected)
+
+
 # Start from SAM
 
 
@@ -119,7 +142,9 @@ def tiny_sam() -> tuple[MaskDecoder, PromptEncoder]:
 def test_extractor_from_sam_computes_what_its_mask_decoder_does():
     """Its tokens, before the heads, are those of SAM's transformer asked by the mask token."""
     decoder, encoder = tiny_sam()
-    extractor = tiny_extractor(num_outputs=1, output_width=WIDTH, value_position=True)
+    extractor = tiny_extractor(
+        num_outputs=1, output_width=WIDTH, value_position=True, box_values=True
+    )
     init_from_sam(extractor, decoder, encoder, sam_channels=slice(8, 24))
     with torch.no_grad():
         extractor.output_tokens.copy_(decoder.mask_tokens.weight[:1])
@@ -128,7 +153,8 @@ def test_extractor_from_sam_computes_what_its_mask_decoder_does():
     boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [0.0, 0.0, 80.0, 64.0]])
     prompts = encoder.encode_boxes(boxes, (64, 80))
     positions = encoder.dense_pe(4, 5)
-    ours = extractor(features, prompts[:, None], encoder.no_mask, positions)
+    boxes = torch.rand(2, 1, 4)  # add nothing at the start
+    ours = extractor(features, prompts[:, None], encoder.no_mask, positions, boxes)
     keys = features[:, 8:] + encoder.no_mask[:, None, None]
     tokens = torch.cat([decoder.mask_tokens.weight[:1].expand(2, 1, -1), prompts], dim=1)
     expected, _ = decoder.transformer(keys, positions.expand_as(keys), tokens)

@@ -170,14 +170,15 @@ class PixelLLMNetwork(nn.Module):
 
     def prefix(self, features: ImageFeatures, sizes: Tensor, boxes: Tensor) -> Tensor:
         """Visual tokens of every prompt, float[B, K, N, D]."""
-        boxes_px = to_pixels(boxes.float(), sizes).flatten(0, 1)  # (R, 4)
+        boxes_px = to_pixels(boxes.float(), sizes)  # (B, K, 4)
         frame = (self.prompt_frame, self.prompt_frame)
-        prompts = self.prompt_encoder.encode_boxes(boxes_px, frame)  # (R, 5, P)
+        prompts = self.prompt_encoder.encode_boxes(boxes_px.flatten(0, 1), frame)  # (R, 5, P)
         tokens = self.extractor(
             features.fused,
             prompts.unflatten(0, boxes.shape[:2]),
             self.prompt_encoder.no_mask,
             self.prompt_encoder.dense_pe(*features.fused.shape[-2:]),
+            boxes_px / self.prompt_frame,
         )
         return self.projection(tokens)
 

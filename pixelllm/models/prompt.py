@@ -34,6 +34,8 @@ class PromptFeatureExtractor(nn.Module):
         mlp_width: hidden width of the MLPs.
         value_position: add a learned linear map of the image positions and of plain (x, y) to the
             features, so that attention values carry them; the published model's do not.
+        box_values: add a learned linear map of the plain box to its prompt tokens: a width is a
+            product of Fourier features, and small models take long to find it. Not in the paper.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class PromptFeatureExtractor(nn.Module):
         num_heads: int = 8,
         mlp_width: int = 2048,
         value_position: bool = False,
+        box_values: bool = False,
     ) -> None:
         super().__init__()
         self.output_tokens = nn.Parameter(torch.randn(num_outputs, width))
@@ -56,12 +59,18 @@ class PromptFeatureExtractor(nn.Module):
         self.prompt_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
         self.position_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
         self.value_projection = nn.Linear(prompt_width + 2, width) if value_position else None
+        self.box_projection = nn.Linear(4, width) if box_values else None
         self.transformer = TwoWayTransformer(depth, width, num_heads, mlp_width)
         self.head_weight = nn.Parameter(torch.randn(num_outputs, width, output_width) * width**-0.5)
         self.head_bias = nn.Parameter(torch.zeros(num_outputs, output_width))
 
     def forward(
-        self, features: Tensor, prompt_tokens: Tensor, dense: Tensor, image_pe: Tensor
+        self,
+        features: Tensor,
+        prompt_tokens: Tensor,
+        dense: Tensor,
+        image_pe: Tensor,
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """Location-conditioned tokens.
 
@@ -71,6 +80,8 @@ class PromptFeatureExtractor(nn.Module):
             dense: float[prompt_width], one dense prompt for all cells, or
                 float[B, K, h * w, prompt_width], one for each.
             image_pe: float[1, prompt_width, h, w], positions of the cells.
+            boxes: float32[B, K, 4], what the prompt tokens encode, xyxy in [0, 1] of the frame;
+                read with `box_values` alone.
 
         Returns:
             float[B, K, num_outputs, output_width].
@@ -81,20 +92,28 @@ class PromptFeatureExtractor(nn.Module):
             places = cell_centres(*features.shape[-2:], positions.device).to(positions.dtype)
             cells = cells + self.value_projection(torch.cat([positions, places], dim=-1))
         cells = cells[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
+        tokens = self.prompt_projection(prompt_tokens)  # (B, K, P, D)
+        if self.box_projection is not None:
+            tokens = tokens + self.box_projection(centre_and_size(boxes))[:, :, None]
         positions = self.position_projection(positions)
-        B, K, N = len(cells), prompt_tokens.shape[1], cells.shape[2]
+        B, K, N = len(cells), tokens.shape[1], cells.shape[2]
         # Cells of each prompt are as large as all that reading prompts in parts would save.
         at_once = max(CELLS_AT_ONCE // (B * N), 1) if cells.shape[1] == 1 else K
-        parts = prompt_tokens.split(at_once, dim=1)
+        parts = tokens.split(at_once, dim=1)
         return torch.cat([self.read(cells, positions, part) for part in parts], dim=1)
 
-    def read(self, cells: Tensor, positions: Tensor, prompt_tokens: Tensor) -> Tensor:
-        """`forward` from what the prompts share: float[B, K, num_outputs, output_width]."""
-        tokens = self.prompt_projection(prompt_tokens)  # (B, K, P, D)
+    def read(self, cells: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+        """`forward` from what the prompts share and float[B, K, P, width] of their own."""
         learned = self.output_tokens.expand(*tokens.shape[:2], -1, -1)
         tokens, _ = two_way(self.transformer, torch.cat([learned, tokens], dim=2), cells, positions)
         tokens = tokens[:, :, : len(self.output_tokens)]
         return torch.einsum("bknd,ndo->bkno", tokens, self.head_weight) + self.head_bias
+
+
+def centre_and_size(boxes: Tensor) -> Tensor:
+    """float[..., 4], xyxy in [0, 1] -> centre, width and height, each in [-1, 1]."""
+    start, end = boxes.split(2, dim=-1)
+    return torch.cat([start + end - 1, (end - start) * 2 - 1], dim=-1)
 
 
 def cell_centres(h: int, w: int, device: torch.device) -> Tensor:
@@ -150,6 +169,9 @@ def init_from_sam(
     if extractor.value_projection is not None:
         extractor.value_projection.weight.zero_()
         extractor.value_projection.bias.zero_()
+    if extractor.box_projection is not None:
+        extractor.box_projection.weight.zero_()
+        extractor.box_projection.bias.zero_()
     noise = torch.randn_like(extractor.output_tokens) * 0.02  # tokens must not stay equal
     extractor.output_tokens.copy_(mask_decoder.mask_tokens.weight[:1] + noise)
     if num_points:
