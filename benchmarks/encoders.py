@@ -1,6 +1,6 @@
 """Image encoders as a share of the matrix-multiply peak, beside timm and segment-anything.
 
-    python benchmarks/encoders.py {eva02,sam} [--size 384] [--rounds 3] [--blocks N]
+    python benchmarks/encoders.py {eva02,sam} [--size 384] [--rounds 3] [--blocks N] [--dtype T]
 
 EVA02-L/14 or SAM ViT-B, random weights, one image, one thread, no gradients, float32 and bfloat16
 weights. Implementations and the peak take turns in one process.
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from pixelllm.models.eva02 import eva02_from_timm
+from pixelllm.models.eva02 import ALIGNED, eva02_from_timm
 from pixelllm.models.sam import SamEncoder
 
 ENOUGH = 0.2  # seconds a product is repeated for
@@ -68,7 +68,9 @@ def subject_eva02(size: int, blocks: int | None) -> Subject:
     block = T * (4 * C * C + 3 * C * hidden) + 2 * T * T * C
     operations = 2 * (depth * block + (T - 1) * 14 * 14 * 3 * C)
     plain.forward = plain.forward_features
-    return Subject(plain, ours, operations, [(T, C, C), (T, C, hidden), (T, hidden, C)])
+    aligned = hidden + -hidden % ALIGNED  # as ours computes them
+    shapes = [(T, C, C), (T, C, hidden), (T, C, aligned), (T, hidden, C)]
+    return Subject(plain, ours, operations, shapes)
 
 
 def window_sides(cells: int) -> list[int]:
@@ -157,8 +159,8 @@ def main(arguments: argparse.Namespace) -> None:
     subject = subject(arguments.size, arguments.blocks)
     threads = f"{torch.get_num_threads()} thread(s)"
     print(f"{arguments.encoder} at {arguments.size} px, {threads}, rounds {arguments.rounds}")
-    for dtype in (torch.float32, torch.bfloat16):
-        compare(subject, arguments.size, arguments.rounds, dtype)
+    for dtype in arguments.dtype:
+        compare(subject, arguments.size, arguments.rounds, getattr(torch, dtype))
 
 
 if __name__ == "__main__":
@@ -167,6 +169,8 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--blocks", type=int, help="only the first so many")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=dtypes)
     torch.set_num_threads(1)
     with torch.inference_mode():
         main(parser.parse_args())
