@@ -43,10 +43,6 @@ def content_digest(record: Record) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _key(record: Record) -> str:
-    return record.id if record.path is None else record.path
-
-
 def rounded(encoder: ImageBranch, features: Tensor) -> Tensor:
     """Features at the precision that the branch itself gives them."""
     return features.half() if encoder.half_features else features.float()
@@ -71,7 +67,7 @@ class FeatureCache:
         self.folder = Path(folder) / weights_digest(encoders, frame, precisions, facts)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[str, tuple[int, int]] = {}
-        self._by_record: dict[str, str] = {}
+        self._by_path: dict[str, str] = {}
         self._shards: dict[tuple[str, int], np.ndarray] = {}
         for index in sorted(self.folder.glob("*.json")):
             for row, digest in enumerate(json.loads(index.read_text())):
@@ -80,9 +76,10 @@ class FeatureCache:
     def fill(self, table: Table, device: torch.device) -> None:
         """Compute what is missing for the images of `table`, with a progress bar."""
         missing: dict[str, int] = {}
-        for index in range(len(table)):
-            record = table[index]
-            digest = self._by_record[_key(record)] = content_digest(record)
+        for index, record in enumerate(table.images()):
+            if record.path is not None and record.path not in self._by_path:
+                self._by_path[record.path] = content_digest(record)
+            digest = self._digest(record)
             if digest not in self._places:
                 missing.setdefault(digest, index)
         if not missing:
@@ -93,6 +90,9 @@ class FeatureCache:
                 part = digests[start : start + SHARD]
                 self._write_shard(part, self._encode(table, [missing[d] for d in part], device))
                 bar.update(len(part))
+
+    def _digest(self, record: Record) -> str:
+        return content_digest(record) if record.path is None else self._by_path[record.path]
 
     def _encode(
         self, table: Table, indices: Sequence[int], device: torch.device
@@ -122,7 +122,7 @@ class FeatureCache:
 
         Raises KeyError for a record whose table was not given to `fill`.
         """
-        places = [self._places[self._by_record[_key(record)]] for record in records]
+        places = [self._places[self._digest(record)] for record in records]
         return {
             name: torch.from_numpy(np.stack([self._shard(name, s)[row] for s, row in places]))
             for name in self.encoders

@@ -225,10 +225,10 @@ REGIONS = Source(
     proposals_per_image=4,
 )
 # Attributes are learnt from the boxes themselves: the detector's are not exact enough for sizes.
-# scenes-small knows them already.
+# scenes-small has learnt them before its narrations alone.
 PHRASES = Source(
     "region",
-    weight=2,
+    weight=3,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,

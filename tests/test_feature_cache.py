@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixelllm import feature_cache
 from pixelllm.batches import frame_images
-from pixelllm.feature_cache import FeatureCache
+from pixelllm.feature_cache import FeatureCache, rounded
 from pixelllm.models.build import build_eva02_branch, build_sam_branch
 from pixelllm.records import Phrase, Record
 from pixelllm.tables import Table, write_table
@@ -98,6 +98,19 @@ def test_features_are_computed_once(encoders, images, tmp_path, counted):
     for _ in range(2):  # a second run, and an image that occurs twice
         FeatureCache(tmp_path / "cache", encoders, 48).fill(table, CPU)
     assert sum(counted) == 7
+
+
+def test_embedded_images_of_equal_ids_have_their_own_features(encoders, images, tmp_path):
+    """Ids of two corpora may be equal."""
+    cache, records = FeatureCache(tmp_path / "cache", encoders, 48), []
+    for number, path in enumerate(images[:2]):
+        record = Record("1", (40, 48), (Phrase("p", "caption", "x"),), data=path.read_bytes())
+        write_table([record], tmp_path / f"table{number}", {})
+        records.append(record)
+        cache.fill(Table(tmp_path / f"table{number}"), CPU)
+    for record in records:
+        expected = encoders["sam"](*frame_images([record], 48))
+        assert torch.equal(cache.lookup([record])["sam"], rounded(encoders["sam"], expected))
 
 
 def test_an_interrupted_cache_goes_on(encoders, images, tmp_path, counted, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,6 +45,12 @@ def test_a_table_gives_its_records_back(tmp_path: Path):
     assert len(table) == 2 and [table[0], table[1]] == [FULL, EMBEDDED]
     assert json.loads((tmp_path / "table" / "report.json").read_text()) == {"read": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+def test_images_come_without_phrases_in_order(tmp_path: Path):
+    write_table([FULL, EMBEDDED], tmp_path / "table", {})
+    bare = [replace(record, phrases=()) for record in (FULL, EMBEDDED)]
+    assert list(Table(tmp_path / "table").images()) == bare
 
 
 def test_a_failing_source_leaves_the_table_of_before(tmp_path: Path):
