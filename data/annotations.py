@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,17 @@ def check_coco(file: Path, content: Any) -> dict[str, Any]:
     for image in content["images"]:
         check_name(image["file_name"], f"{file}: image {image['id']}")
     return content
+
+
+def by_listed_image(file: Path, content: dict[str, Any]) -> dict[Any, list[dict[str, Any]]]:
+    """A COCO file's annotations by image id. Raises ValueError for one of an unlisted image."""
+    found = defaultdict(list)
+    for annotation in content["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    for image_id in found.keys() - {image["id"] for image in content["images"]}:
+        number = found[image_id][0]["id"]
+        raise ValueError(f"{file}: annotation {number} is of image {image_id}, not listed")
+    return found
 
 
 def check_name(image: Any, place: str) -> str:

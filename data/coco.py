@@ -121,7 +121,8 @@ def _phrases(
         if name and times[name] == 1:
             report["expressions"] += 1
             number, shown = annotation["id"], {"target_box": phrase.target_box, "mask": phrase.mask}
-            yield Phrase(f"referring/{number}", "referring", name, context=name, **shown)
+            # Not the number alone, which expressions of a corpus of them have.
+            yield Phrase(f"referring/region-{number}", "referring", name, context=name, **shown)
 
 
 def _phrase(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    by_listed_image,
     check_coco,
     check_entries,
     check_name,
@@ -73,12 +74,17 @@ class Options:
         leaks: tables or annotation files; count the images shared with each of their splits
             other than train.
         drop_leaks: the same, and leave those images out.
+        source: take the images of this corpus alone where the files mix several.
+        image_data: image_data.json of Visual Genome, which says which of its images are COCO's;
+            what leaks of those cannot be found without.
         regions: every expression is the caption of its box as well, as in RefCOCOg's captioning.
         skip_missing: drop and count images whose file is missing.
     """
 
     images: Path
     split: str | None = None
+    source: Literal["coco", "vg", "flickr"] | None = None
+    image_data: Path | None = None
     regions: bool = False
     leaks: tuple[Path, ...] = ()
     drop_leaks: tuple[Path, ...] = ()
@@ -163,13 +169,11 @@ def _has_expressions(content: dict[str, Any]) -> bool:
 
 def _mdetr_referents(file: Path, content: dict[str, Any]) -> Iterator[Referent]:
     """An image entry per expression; UNINEXT's conversion has one per object."""
-    targets = defaultdict(list)
-    for annotation in content["annotations"]:
-        targets[annotation["image_id"]].append(annotation)
+    targets = by_listed_image(file, content)
     for image in content["images"]:
         name = f"{file}: image {image['id']}"
         texts = image.get("expressions") or [image.get("caption")]
-        for target in targets.get(image["id"], [{}]):
+        for target in targets[image["id"]] or [{}]:
             base = image.get("refexp_id", target.get("id", image["id"]))
             expressions = [(f"{base}/{i}" if i else base, text) for i, text in enumerate(texts)]
             yield Referent(name, None, "coco", image["file_name"], image, expressions, target)
@@ -197,13 +201,18 @@ def _solution_referents(file: Path, content: list[Any]) -> Iterator[Referent]:
     check_entries(str(file), content, ("image", "normal_caption", "solution"))
     for number, entry in enumerate(content):
         name, corners = f"{file}: entry {number}", entry["solution"]
-        if corners is not None and len(corners) != 4:
+        if corners is not None and not _are_numbers(corners, 4):
             raise ValueError(f"{name}: solution is not [x0, y0, x1, y1] but {corners!r}")
         x0, y0, x1, y1 = corners or (0,) * 4
         target = {"bbox": corners and [x0, y0, x1 - x0, y1 - y0]}
         expressions = [(number, entry["normal_caption"])]
         image = check_name(entry["image"], name)
         yield Referent(name, None, "coco", image, entry, expressions, target)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    is_list = isinstance(values, list) and len(values) == count
+    return is_list and all(isinstance(value, int | float) for value in values)
 
 
 def choose_split(referents: list[Referent], split: str | None) -> list[Referent]:
@@ -265,6 +274,17 @@ class Leaks:
         return False
 
 
+def load_coco_ids(image_data: Path) -> dict[str, int]:
+    """File name in Visual Genome -> COCO's image id, where there is one."""
+    entries = load_json(image_data)
+    check_entries(str(image_data), entries, ("image_id", "coco_id"))
+    return {
+        FILE_NAMES["vg"].format(entry["image_id"]): entry["coco_id"]
+        for entry in entries
+        if entry["coco_id"] is not None
+    }
+
+
 def read_records(
     referents: list[Referent], options: Options, report: dict[str, Any]
 ) -> Iterator[Record]:
@@ -274,13 +294,19 @@ def read_records(
     """
     report["split"] = options.split
     leaks = Leaks(options.leaks, options.drop_leaks, report)
+    coco_ids = load_coco_ids(options.image_data) if options.image_data else None
     by_image = defaultdict(list)
     for referent in referents:
         number = coco_number(referent.image)
         by_image[referent.source, referent.image if number is None else number].append(referent)
     seen: Counter[int | str] = Counter()
     for (source, image), found in by_image.items():
-        if leaks.drops(image):
+        if options.source not in (None, source):
+            continue
+        if source == "vg" and report["leaks"] and coco_ids is None:
+            remedy = "give Visual Genome's image_data.json as --image-data"
+            raise ValueError(f"{found[0].name}: no way to find the leaks of {image}; {remedy}")
+        if leaks.drops((coco_ids or {}).get(image, image)):
             continue
         if source not in FILE_NAMES:
             drop(report, f"image of {source}")

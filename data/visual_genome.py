@@ -10,7 +10,6 @@ is not reproduced. `region_descriptions.json` is read an image at a time; GRiT's
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    by_listed_image,
     check_coco,
     check_entries,
     clean_text,
@@ -99,14 +99,10 @@ class Corpus:
                 yield name, image | {"id": entry["id"]}, regions
         for file, content in self.coco:
             check_entries(f"{file}: annotations", content["annotations"], ("caption", "bbox"))
-            by_image = defaultdict(list)
-            for annotation in content["annotations"]:
-                by_image[annotation["image_id"]].append(annotation)
-            for image_id in by_image.keys() - {image["id"] for image in content["images"]}:
-                number = by_image[image_id][0]["id"]
-                raise ValueError(f"{file}: annotation {number} is of image {image_id}, not listed")
+            by_image = by_listed_image(file, content)
             for image in content["images"]:
-                yield f"{file}: image {image['id']}", image, by_image[image["id"]]
+                entry = self.image_data.get(image["id"], {}) | image
+                yield f"{file}: image {image['id']}", entry, by_image[image["id"]]
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ def _phrases(
             number = region["id"]
             yield Phrase(f"region/{number}", "region", text, prompt_box=box, target_box=box)
             if expressions:
-                name = f"referring/{number}"
+                name = f"referring/region-{number}"  # no expression of a corpus of them
                 yield Phrase(name, "referring", text, context=text, target_box=box)
 
 

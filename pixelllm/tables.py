@@ -89,6 +89,14 @@ class Table:
         """Whether there are phrases of `task`."""
         return len(self.positions(task)) > 0
 
+    def has_masks(self, task: str) -> bool:
+        """Whether a phrase of `task` has a mask."""
+        for phrases in self.phrases(len(self)):
+            masked = pc.not_equal(phrases.field("mask_counts"), "")
+            if pc.any(pc.and_(masked, pc.equal(phrases.field("task"), task))).as_py():
+                return True
+        return False
+
     def positions(self, task: str) -> np.ndarray:
         """Of the records with phrases of `task`, int64[n] ascending."""
         return records_with_task(self.rows.data.column("phrases"), task)

@@ -221,6 +221,15 @@ def test_locate_without_masks_prints_a_line_per_text(tiny_joint, images, capsys)
     assert "mask" not in result and f"{result['box'][0]:.3f} " in lines[0]
 
 
+def test_a_model_that_learnt_no_expressions_is_told(tiny_run, tiny_joint, images, capsys):
+    locate(tiny_run.main, images[0], "a square")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("a square: box ")
+    assert f"warning: {tiny_run.main} was trained on narration, not on expr" in printed.err
+    locate(tiny_joint, images[0], "a square")
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [("--dtype", "bfloat16"), ("--int8",)], ids=" ".join)
 def test_locate_and_dense_in_lower_precision(tiny_joint, finder, images, capsys, options):
     """Encoders and trunk in 16 or 8 bits find what they find in 32."""

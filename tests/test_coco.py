@@ -93,14 +93,20 @@ def test_an_instance_alone_of_its_kind_is_an_expression(corpus, tmp_path: Path):
         phrases = Table(tmp_path / "table")[0].phrases
         boxes = {p.id.split("/")[1]: p.target_box for p in phrases if p.task == "region"}
         found = [phrase for phrase in phrases if phrase.task == "referring"]
-        assert all(phrase.target_box == boxes[phrase.id.split("/")[1]] for phrase in found)
+        assert all(phrase.target_box == boxes[phrase.id.rpartition("-")[2]] for phrase in found)
         return {phrase.id: phrase.context for phrase in found}
 
     assert expressions(None) == {}
-    assert expressions("category") == {"referring/1": "red car", "referring/2": "blue car"}
+    assert expressions("category") == {
+        "referring/region-1": "red car",
+        "referring/region-2": "blue car",
+    }
     assert expressions("supercategory") == {}
     file = write([red, boat], categories=cars)
-    assert expressions("supercategory") == {"referring/1": "car", "referring/3": "boat"}
+    assert expressions("supercategory") == {
+        "referring/region-1": "car",
+        "referring/region-3": "boat",
+    }
 
 
 def test_expressions_need_the_supercategories(corpus, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 import eval as command
 from pixelllm.evaluation import boxes
 from pixelllm.evaluation.meteor import unavailable_reason
-from pixelllm.tables import Table
+from pixelllm.tables import Table, write_table
 
 needs_meteor = pytest.mark.skipif(unavailable_reason() is not None, reason="no METEOR tables")
 
@@ -52,13 +53,27 @@ def test_every_expression_is_scored(
         result["metrics"]
     )
     assert ("mask_ciou" in result["metrics"]) == (task == "segmentation")
-    assert set(result["baselines"]) == {"box_precision", "box_iou"}
+    trivial = {"box_precision", "box_iou"}
+    if task == "segmentation":
+        trivial |= {"mask_ciou", "mask_giou", "mask_precision"}
+    assert set(result["baselines"]) >= trivial
+    assert set(result["baselines"]) <= set(result["metrics"])
     entries = json.loads((tmp_path / f"{task}_results.json").read_text())
     assert Counter(e["id"] for e in entries) == Counter(p.id for _, p in known)
     captions = {p.id: p.caption for _, p in known}
     assert all(entry["expression"] == captions[entry["id"]] for entry in entries)
     assert all(("segmentation" in entry) == (task == "segmentation") for entry in entries)
     rescore(tiny_scenes, tmp_path / f"{task}_results.json", "segm" if len(task) > 9 else "bbox")
+
+
+def test_expressions_without_masks_have_no_masks_to_score(tiny_joint, tiny_tables, tmp_path):
+    bare = (
+        replace(record, phrases=tuple(replace(p, mask=None) for p in record.phrases))
+        for record in Table(tiny_tables.val_referring)
+    )
+    write_table(bare, tmp_path / "bare", {})
+    with pytest.raises(ValueError, match="bare: its expressions have no masks; score their boxes"):
+        run(tiny_joint, "segmentation", tmp_path / "bare", tmp_path)
 
 
 def rescore(scenes: Path, results: Path, kind: str) -> None:

@@ -323,6 +323,36 @@ def test_mixed_sources_are_found_in_their_folders(tmp_path: Path, images: Path):
     assert ids[0] == "referring/train/0/0" and len(set(ids)) == len(ids)
 
 
+def test_one_source_of_a_mixture_can_be_taken(tmp_path: Path, images: Path):
+    entries = [
+        seqtr_entry(1, "red car", data_source="coco"),
+        seqtr_entry(1, "a tree", data_source="vg"),
+    ]
+    file = write_json(tmp_path / "instances.json", {"train": entries})
+    convert([file], Options(images / "train2014", source="coco"), tmp_path / "table")
+    assert [record.id for record in Table(tmp_path / "table")] == ["train2014/1"]
+
+
+def test_leaks_of_visual_genome_are_found_by_its_list_of_images(tmp_path: Path, images: Path):
+    """Its image 1 is COCO's image 2, which RefCOCO holds out."""
+    entries = [
+        seqtr_entry(1, "a tree", data_source="vg"),
+        seqtr_entry(1, "red car", data_source="coco"),
+    ]
+    file = write_json(tmp_path / "mixed.json", {"train": entries})
+    held_out = write_refer(tmp_path / "refcoco", [reference(1, 2, "val", "man")])[0]
+    with pytest.raises(ValueError, match="no way to find the leaks of 1.jpg; give Visual Genome's"):
+        convert([file], Options(images, drop_leaks=(held_out,)), tmp_path / "table")
+    image_data = write_json(
+        tmp_path / "image_data.json",
+        [{"image_id": 1, "coco_id": 2}, {"image_id": 5, "coco_id": None}],
+    )
+    options = Options(images, image_data=image_data, drop_leaks=(held_out,))
+    report = convert([file], options, tmp_path / "table")
+    assert [record.id for record in Table(tmp_path / "table")] == ["train2014/1"]
+    assert list(report["leaks"].values()) == [1]
+
+
 def test_images_of_unnamed_sources_are_told_by_their_numbers(tmp_path: Path, images: Path):
     """Only mixtures name their sources; a Flickr30k file may begin with a small number."""
     (images / "flickr30k-images/3.jpg").write_bytes((images / "VG_100K_2/1.jpg").read_bytes())

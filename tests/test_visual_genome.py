@@ -118,7 +118,7 @@ def test_regions_are_expressions_where_that_is_asked_for(tmp_path: Path, images:
     for expected, record in zip(Table(plain), Table(both), strict=True):
         assert record.phrases[::2] == expected.phrases
         for described, located in zip(record.phrases[::2], record.phrases[1::2], strict=True):
-            assert located.id == described.id.replace("region", "referring")
+            assert located.id == f"referring/{described.id.replace('/', '-')}"
             assert located.task == "referring" and located.prompt_box is None
             assert located.context == located.caption == described.caption
             assert located.target_box == described.prompt_box
@@ -151,6 +151,16 @@ def test_images_that_coco_holds_out_are_left_out(tmp_path: Path, images: Path):
     report = convert(files, Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "table")
     assert [r.id for r in Table(tmp_path / "table")] == ["VG_100K_2/2"]
     assert list(report["leaks"].values()) == [1] and report["dropped"]["leaked image"] == 1
+    image_data = next(file for file in files if file.name == "image_data.json")
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "height": 40, "width": 60} for n in (1, 2)],
+        "annotations": [
+            {"id": n, "image_id": n, "bbox": [15, 10, 15, 10], "caption": "a car"} for n in (1, 2)
+        ],
+    }
+    grit = [write(tmp_path / "train.json", content), image_data]
+    convert(grit, Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "grit")
+    assert [r.id for r in Table(tmp_path / "grit")] == ["VG_100K_2/2"]
     with pytest.raises(ValueError, match="no coco_id to find leaks by; give image_data.json"):
         convert(files[:1], Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "other")
 

@@ -11,7 +11,17 @@ import tyro
 
 from pixelllm.commands.given import load_any_model
 
-TASKS = ("trace", "referring", "segmentation", "region", "dense", "grounded", "vqa")
+TASKS = (
+    "trace",
+    "caption",
+    "referring",
+    "segmentation",
+    "region",
+    "dense",
+    "grounded",
+    "vqa",
+    "pointed",
+)
 MAIN_SCORES = (
     "object_precision",
     "object_recall",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pixelllm.locating import Location
 from pixelllm.mask_codes import decode_mask
 from pixelllm.overlays import FoundObject, write_objects
 from pixelllm.perceiving import PerceptionGPT
+from pixelllm.pretrained import PixelLLM
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def locate(command: LocateCommand) -> None:
         wanted = (command.mask, command.caption)
         locations = model.locate([image], [command.texts], *wanted)[0]
     else:
+        warn_of_untaught(model, command.model)
         inputs = model.processor().locating([image], [command.texts])
         inputs = inputs.to(next(model.parameters()).device)
         wanted = {"with_masks": command.mask, "with_captions": command.caption}
@@ -79,6 +82,18 @@ def locate(command: LocateCommand) -> None:
         print(json.dumps(shown) if shown else as_text(text, location), flush=True)
     if command.png:
         write_objects(image, [as_object(*item) for item in found], command.png)
+
+
+def warn_of_untaught(model: PixelLLM, name: str) -> None:
+    """Boxes come from any model, but mean something from one that learnt expressions."""
+    tasks = sorted({source.task for source in model.config.sources})
+    if tasks and "referring" not in tasks:
+        learnt = ", ".join(tasks)
+        print(
+            f"warning: {name} was trained on {learnt}, not on expressions: unless an earlier stage "
+            "was, its boxes mean nothing (README: make joint)",
+            file=sys.stderr,
+        )
 
 
 def as_text(text: str, location: Location) -> str:

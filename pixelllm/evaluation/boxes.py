@@ -78,11 +78,16 @@ def evaluate_regions(
     references = {name: [region.caption] for name, region in regions.items()}
     captions = captions or [region.caption for region in regions.values()]
     drawn = dict(zip(regions, random_captions(len(regions), captions), strict=True))
-    grouped = score_region_captions(hypotheses, grouped_references(by_image))
+    groups = grouped_references(by_image)
+
+    def scores_of(found: dict[str, str]) -> Scores:
+        grouped = score_region_captions(found, groups)
+        alone = score_captions_of_boxes(found, references, attributes)
+        return alone | {f"grouped_{name}": score for name, score in grouped.items()}
+
     return Evaluation(
-        metrics=score_captions_of_boxes(hypotheses, references, attributes)
-        | {f"grouped_{name}": score for name, score in grouped.items()},
-        baselines=score_captions_of_boxes(drawn, references, attributes),
+        metrics=scores_of(hypotheses),
+        baselines=scores_of(drawn),
         num_examples=len(regions),
         trivial="a random training caption",
         predictions={"region_results.json": json.dumps(results)},

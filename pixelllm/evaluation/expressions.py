@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from pixelllm.evaluation.referring import score_referred_boxes, score_referred_m
 from pixelllm.evaluation.report import Evaluation, Limits, Scores
 from pixelllm.evaluation.results import coco_results, image_number
 from pixelllm.locating import Location
+from pixelllm.mask_codes import encode_mask
 from pixelllm.mixture import assemble
 from pixelllm.perceiving import PerceptionGPT
 from pixelllm.pretrained import PixelLLM
@@ -47,11 +49,15 @@ def predict_expressions(
 ) -> Iterator[Referred]:
     """Every expression of the table, images in order, with a progress bar.
 
-    Raises ValueError where the table has none.
+    Raises ValueError where the table has none, or no masks to compare with.
     """
     rows = table.positions(TASK)
     if not len(rows):
         raise ValueError(f"{table.path}: no {TASK!r} phrases; make the table with data.refcoco")
+    if with_masks and not table.has_masks(TASK):
+        raise ValueError(
+            f"{table.path}: its expressions have no masks; score their boxes with --task referring"
+        )
     left = limits.limit or float("inf")
     for start in tqdm(range(0, len(rows), limits.batch_size), desc="expressions", unit="batch"):
         records = [table[int(row)] for row in rows[start : start + limits.batch_size]]
@@ -125,15 +131,23 @@ def evaluate_expressions(
         if of_kind:
             scores = score_found(of_kind, with_masks)
             metrics |= {f"{label}_{name}": score for name, score in scores.items()}
-    truths = {item.phrase.id: item.phrase.target_box for item in found}
+    trivial = [replace(item, location=middle_of(item.record)) for item in found]
     task = "segmentation" if with_masks else "referring"
     return Evaluation(
         metrics=metrics,
-        baselines=score_referred_boxes(dict.fromkeys(truths, MIDDLE), truths),
+        baselines=score_found(trivial, with_masks),
         num_examples=len(found),
         trivial="a box of half the image's sides in its middle",
         predictions={f"{task}_results.json": json.dumps(results(found))},
     )
+
+
+def middle_of(record: Record) -> Location:
+    """The trivial answer: a box of half the image's sides in its middle, as a mask too."""
+    height, width = record.size
+    mask = np.zeros(record.size, bool)
+    mask[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+    return Location(MIDDLE, 0.0, encode_mask(mask))
 
 
 def score_found(found: list[Referred], with_masks: bool) -> Scores:

@@ -1,6 +1,7 @@
 """Predicted boxes in the results format of COCO, which others' programs can score.
 
-With captions they are what DenseCap's evaluation, and those made after it, read for Visual Genome.
+With captions they are what evaluations of dense captions read, in pixels of the image as it is;
+DenseCap's own in Lua measures in images of 720 pixels on the longer side.
 """
 
 from __future__ import annotations

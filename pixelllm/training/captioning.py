@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -120,13 +121,18 @@ def build_cache(
 def scored_sources(sources: Sequence[Source], val: list[Table | ShardedTable]) -> list[Source]:
     """The last source of every task that the validation tables have phrases of.
 
-    Raises ValueError where there is none.
+    Sources that take their tables by name go before others; where no name fits, the tables of
+    the task are all taken. Raises ValueError where there is none.
     """
-    last = {source.task: replace(source, window=(0.0, 1.0), scale=None) for source in sources}
-    found = [s for s in last.values() if any(t.has_task(s.task) for t in val)]
+    tasks = dict.fromkeys(source.task for source in sources)
+    names_of = {task: [table.name for table in val if table.has_task(task)] for task in tasks}
+    whole = [replace(source, window=(0.0, 1.0), scale=None) for source in sources]
+    named = [s for s in whole if any(fnmatch(name, s.tables) for name in names_of[s.task])]
+    last = {s.task: replace(s, tables="*") for s in whole} | {s.task: s for s in named}
+    found = [source for source in last.values() if names_of[source.task]]
     if not found:
         names = ", ".join(str(table.path) for table in val)
-        raise ValueError(f"--val {names}: no phrases of the recipe's tasks ({', '.join(last)})")
+        raise ValueError(f"--val {names}: no phrases of the recipe's tasks ({', '.join(tasks)})")
     return found
 
 
