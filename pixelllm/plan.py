@@ -14,7 +14,7 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -76,13 +76,14 @@ class StepCosts:
     """A micro batch of one process.
 
     `operations` of the forward and the backward pass, `peak` the most bytes alive besides weights
-    and optimizer, gradients included.
+    and optimizer, gradients included, `forward_peak` before there are any.
     """
 
     images: int
     forward: Counter[Operation]
     backward: Counter[Operation]
     peak: int
+    forward_peak: int
 
     @property
     def gflops_per_image(self) -> tuple[float, float]:
@@ -177,9 +178,9 @@ def measure_step(
         with Meter(own.values()) as meter:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bfloat16):
                 loss = loss_of()
-            forward = Counter(meter.operations)
+            forward, forward_peak = Counter(meter.operations), meter.peak
             loss.backward()
-    return StepCosts(images, forward, meter.operations - forward, meter.peak)
+    return StepCosts(images, forward, meter.operations - forward, meter.peak, forward_peak)
 
 
 def pixelllm_loss(model: PixelLLM, config: Config, batch: Batch) -> Tensor:
@@ -229,21 +230,26 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory_of(model: PixelLLM | PerceptionGPT, peak: int, gpus: int = 1) -> Memory:
+def memory_of(model: PixelLLM | PerceptionGPT, steps: Sequence[StepCosts], gpus: int = 1) -> Memory:
     """What a process needs, with weights sharded over `gpus` processes (FSDP) or whole (1).
 
-    Sharded weights come together block by block: the largest one is counted whole.
+    Blocks alone are sharded, and come together one by one: the largest one is counted whole.
     """
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
-    is_split = {n for n in sizes if gpus > 1 and n.split(".")[0] in SHARDED_PARTS}
+    parts = [part for name, part in model.named_children() if name in SHARDED_PARTS]
+    divided = [block for part in parts for block in blocks(part)]
+    sharded = {id(p) for block in divided for p in block.parameters()}
+    is_split = {n for n, p in model.named_parameters() if gpus > 1 and id(p) in sharded}
 
     def held(names: Iterable[str]) -> int:
         return sum(sizes[n] // gpus if n in is_split else sizes[n] for n in names)
 
-    whole = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks(model)]
+    whole = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in divided]
     gradients = held(learns)
-    activations = max(peak - sum(sizes[n] for n in learns), 0)
+    late = max(step.peak for step in steps) - sum(sizes[n] for n in learns)
+    early = max(step.forward_peak for step in steps) - gradients
+    activations = max(late, early, 0)
     gathered = max(whole) if is_split else 0
     return Memory(held(sizes) + gathered, gradients, 2 * gradients, activations)
 

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import make_tiny_joint_config, short_training
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,6 +36,7 @@ from pixelllm.recipes import RECIPES
 from pixelllm.tokenizer import train_tokenizer
 from pixelllm.training.objectives import weighted_losses
 from pixelllm.training.optimizer import freeze
+from pixelllm.training.parallel import SHARDED_PARTS, blocks
 from pixelllm.vis_losses import perception_losses
 
 
@@ -95,7 +97,7 @@ def test_a_roofline_takes_the_slowest_of_three():
         Operation(flops=0.0, traffic=3, is_half=False): 2,  # 3 s of traffic each
         Operation(flops=0.0, traffic=0, is_half=False): 1,  # its launch
     }
-    costs = StepCosts(1, Counter(operations), Counter(), peak=0)
+    costs = StepCosts(1, Counter(operations), Counter(), peak=0, forward_peak=0)
     assert costs.seconds(device) == 2 + 4 + 6 + 0.5
 
 
@@ -106,11 +108,24 @@ def test_memory_is_counted_by_what_learns_and_is_shared_out():
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     counts = parameters_by_part(model)
     assert tuple(map(sum, zip(*counts.values(), strict=True))) == (learned, frozen)
-    whole = memory_of(model, peak=4 * learned + 1000)
+    late = StepCosts(1, Counter(), Counter(), peak=4 * learned + 1000, forward_peak=10)
+    whole = memory_of(model, [late])
     assert whole == (4 * (learned + frozen), 4 * learned, 8 * learned, 1000)
-    shared = memory_of(model, peak=4 * learned + 1000, gpus=4)
-    assert shared.activations == 1000 and shared.weights < whole.weights
+    shared = memory_of(model, [late], gpus=4)
+    assert shared.activations == 1000
     assert shared.optimizer == 2 * shared.gradients < whole.optimizer
+    in_blocks = sum(
+        p.numel()
+        for name in SHARDED_PARTS
+        for block in blocks(getattr(model, name, nn.Module()))
+        for p in block.parameters()
+        if p.requires_grad
+    )
+    assert shared.gradients == 4 * (learned - in_blocks) + 4 * in_blocks // 4
+    early = StepCosts(1, Counter(), Counter(), peak=4 * learned, forward_peak=4 * learned)
+    assert memory_of(model, [early]).activations == 0
+    held = memory_of(model, [early], gpus=4)
+    assert held.activations + held.gradients == 4 * learned
 
 
 def test_shared_tensors_and_weights_are_counted_once():

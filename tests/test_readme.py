@@ -27,7 +27,7 @@ from pixelllm import cli
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("git", "cd", "pip", "hf")  # programs of others
+ELSEWHERE = ("git", "cd", "pip", "hf", "for", "done")  # programs of others
 TOOLS = ("pip", "pytest", "ruff")  # modules of others
 # Options that running text names without a value.
 VALUED = ("--train.workers", "--train.accumulate", "--start.run", "--start.eyes")
@@ -93,7 +93,7 @@ def parse_only(main: Callable[..., None], arguments: list[str]) -> None:
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless the program of this command knows all of its words."""
     program, *rest = words
-    if program in ELSEWHERE:
+    if program in ELSEWHERE or program.startswith("held_out="):
         return
     if program == "pixelllm":
         program, rest = "pixelllm.cli", rest

@@ -96,10 +96,10 @@ def estimate(config: Planned, command: PlanCommand) -> dict[str, Any]:
     images = command.images or images_at_once(config, command.gpus)
     model = build_shapes(config)
     steps = [(s.weight, measure_step(config, model, s, images)) for s in config.sources]
-    peak = max(costs.peak for _, costs in steps)
-    memory = {"whole": memory_of(model, peak)}
+    costs = [found for _, found in steps]
+    memory = {"whole": memory_of(model, costs)}
     if command.gpus > 1:
-        memory["sharded"] = memory_of(model, peak, command.gpus)
+        memory["sharded"] = memory_of(model, costs, command.gpus)
     speeds = {name: command.gpus * speed(steps, device) for name, device in ACCELERATORS.items()}
     flops = [mean([(w, costs.gflops_per_image[part]) for w, costs in steps]) for part in (0, 1)]
     return {
@@ -140,8 +140,8 @@ def remedy(command: PlanCommand) -> str:
         config = configure(changed)
         images = command.images or images_at_once(config, command.gpus)
         model = build_shapes(config)
-        peak = max(measure_step(config, model, s, images).peak for s in config.sources)
-        memory = memory_of(model, peak, command.gpus)
+        costs = [measure_step(config, model, source, images) for source in config.sources]
+        memory = memory_of(model, costs, command.gpus)
         if memory.total <= budget:
             break
     options = [f"--{flag}" for flag in flags] + ["sharded weights"] * (command.gpus > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -202,6 +203,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
             config = with_mask_decoder(config, model.config.model.sam.weights)
         model.grow(config, tokenizer)
     else:
+        warn_of_random_sam(config)
         model = PixelLLM(config, tokenizer, published=PUBLISHED)
     if start.eyes is not None:
         start_from_eyes(model, start.eyes)
@@ -212,6 +214,17 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
         model.eva02.load_state_dict(branch.state_dict())
     return model
+
+
+def warn_of_random_sam(config: Config) -> None:
+    """A SAM that nobody trained and that stays as it is sees nothing, and nothing else says so."""
+    given = (config.start.eyes, config.start.sam, config.model.sam.weights)
+    if "sam" in config.train.frozen and not any(given):
+        print(
+            f"warning: {config.name}: SAM is frozen and random; give --model.sam.weights "
+            "sam_vit_h_4b8939.pth, or --start.sam a run of a small one",
+            file=sys.stderr,
+        )
 
 
 def with_mask_decoder(config: Config, sam_weights: str | None) -> Config:

@@ -122,6 +122,8 @@ class CheckpointFolder:
                         (beside / STATE_FILE).write_text(json.dumps(facts))
                     self._remove_old()
         except OSError as error:
+            if self.processes.is_first:
+                shutil.rmtree(shards, ignore_errors=True)  # they hold the room that is missing
             raise OSError(
                 f"{self.path(step)} could not be written ({error}); checkpoints before it are "
                 "intact: make room and go on with --resume"

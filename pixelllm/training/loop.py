@@ -83,7 +83,7 @@ def train(
     loss = distribute(stage.model, stage.loss, processes, config.bfloat16)
     stage = replace(stage, loss=loss)
     optimizer = build_optimizer(stage.model, config)
-    order = {"seed": config.seed, "batch_size": config.batch_size}
+    order = {name: getattr(config, name) for name in ("seed", "batch_size", "accumulate")}
     state = TrainingState(stage.model, optimizer, order)
     step = checkpoints.load_newest(state) if resume else 0
     log = RunLog(out, step, config.steps, writes=processes.is_first)
