@@ -81,10 +81,15 @@ def answer(network: PerceptionGPTNetwork, images: Tensor, **options) -> Answers:
 
 
 def assert_same(found: Answers, expected: Answers) -> None:
-    """Integers exactly, numbers but for the order of sums."""
+    """Integers exactly, numbers but for the order of sums; states by the length of each."""
     for name, value in found._asdict().items():
+        wanted = getattr(expected, name)
+        if name == "states":  # one of their channels may be next to nothing
+            assert value.shape == wanted.shape
+            assert ((value - wanted).norm(dim=-1) <= 1e-4 * wanted.norm(dim=-1)).all()
+            continue
         tolerance = {"atol": 1e-4, "rtol": 1e-4} if value.is_floating_point() else {}
-        assert_close(value, getattr(expected, name), **tolerance, msg=lambda m, n=name: n + m)
+        assert_close(value, wanted, **tolerance, msg=lambda m, n=name: n + m)
 
 
 SEARCHES = (
