@@ -175,24 +175,6 @@ def test_any_number_of_processes_gives_the_same_run(runs: Path, name: str):
     assert_near(runs / name, runs / "1")
 
 
-def test_half_precision_with_lora_is_sharded_and_recomputed(
-    team: Team, tiny_tables: Tables, tmp_path: Path
-):
-    """What the large models need all together: its losses are those of whole weights, roughly."""
-    config = make_config(bfloat16=True, recompute=True)
-    language = replace(config.model.language, bfloat16=True)
-    config = replace(config, model=replace(config.model, language=language))
-    train_model(ALONE, config, tiny_tables, tmp_path / "whole")
-    team.run(2, train_model, config, tiny_tables, tmp_path / "sharded", sharded=True)
-    whole, sharded = (curve(tmp_path / name) for name in ("whole", "sharded"))
-    assert len(whole) == len(sharded) >= STEPS
-    for ours, theirs in zip(whole, sharded, strict=True):
-        assert ours.keys() == theirs.keys()
-        losses = [name for name in ours if "loss" in name]
-        assert losses
-        assert [ours[n] for n in losses] == pytest.approx([theirs[n] for n in losses], rel=0.05)
-
-
 def test_a_run_goes_on_with_other_numbers_of_processes(runs: Path):
     """From 2 with whole weights to 4 with shards to 1: moments and batch norms included."""
     whole, sharded = (
