@@ -275,7 +275,7 @@ class Leaks:
 
 
 def load_coco_ids(image_data: Path) -> dict[str, int]:
-    """File name in Visual Genome -> COCO's image id, where there is one."""
+    """File name in Visual Genome -> COCO's image id, where there is one. Raises ValueError."""
     entries = load_json(image_data)
     check_entries(str(image_data), entries, ("image_id", "coco_id"))
     return {
