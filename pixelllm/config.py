@@ -59,7 +59,7 @@ class PromptConfig:
     num_tokens: int = 32  # learned tokens per prompt
     output_width: int = 1024
     value_position: bool = False  # add a learned map of the positions to the image features
-    box_values: bool = False  # add a learned map of the plain box to its prompt tokens
+    box_octaves: int = 0  # add a learned map of so many octaves of waves of box centre and size
     from_sam: bool = False  # start from the two-way transformer of SAM's mask decoder
     grid_side: int = 0  # with from_sam: so many squared tokens start at the points of a grid
     eva02_share: float = 0.0  # with from_sam: how much of EVA02's features passes at the start

@@ -95,7 +95,7 @@ def scenes_tiny() -> Config:
                 num_heads=4,
                 output_width=128,
                 value_position=True,
-                box_values=True,
+                box_octaves=5,
                 from_sam=True,
                 grid_side=5,
                 eva02_share=1.0,
@@ -209,7 +209,7 @@ TINY_DETECTOR = DetectorConfig(
 )
 EXPRESSIONS = Source(
     "referring",
-    weight=6,
+    weight=7.5,
     phrases_per_image=4,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
@@ -228,7 +228,7 @@ REGIONS = Source(
 # scenes-small has learnt them before its narrations alone.
 PHRASES = Source(
     "region",
-    weight=3,
+    weight=1.5,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,

@@ -181,7 +181,7 @@ def make_tiny_config(**changes: Any) -> Config:
                 num_tokens=4,
                 output_width=32,
                 value_position=True,
-                box_values=True,
+                box_octaves=3,
             ),
             language=LanguageConfig(
                 trunk=None,

@@ -211,7 +211,7 @@ def build_extractor(config: ModelConfig) -> PromptFeatureExtractor:
         num_heads=prompt.num_heads,
         mlp_width=prompt.mlp_width,
         value_position=prompt.value_position,
-        box_values=prompt.box_values,
+        box_octaves=prompt.box_octaves,
     )
 
 

@@ -34,8 +34,9 @@ class PromptFeatureExtractor(nn.Module):
         mlp_width: hidden width of the MLPs.
         value_position: add a learned linear map of the image positions and of plain (x, y) to the
             features, so that attention values carry them; the published model's do not.
-        box_values: add a learned linear map of the plain box to its prompt tokens: a width is a
-            product of Fourier features, and small models take long to find it. Not in the paper.
+        box_octaves: add a learned linear map of waves of the box's centre and size to its prompt
+            tokens, so many octaves of them, as DAB-DETR encodes boxes; 0 adds nothing. Small models
+            take long to find a width between Fourier features of two corners. Not in the paper.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PromptFeatureExtractor(nn.Module):
         num_heads: int = 8,
         mlp_width: int = 2048,
         value_position: bool = False,
-        box_values: bool = False,
+        box_octaves: int = 0,
     ) -> None:
         super().__init__()
         self.output_tokens = nn.Parameter(torch.randn(num_outputs, width))
@@ -59,7 +60,8 @@ class PromptFeatureExtractor(nn.Module):
         self.prompt_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
         self.position_projection = nn.Identity() if same else nn.Linear(prompt_width, width)
         self.value_projection = nn.Linear(prompt_width + 2, width) if value_position else None
-        self.box_projection = nn.Linear(4, width) if box_values else None
+        self.box_octaves = box_octaves
+        self.box_projection = nn.Linear(8 * box_octaves, width) if box_octaves else None
         self.transformer = TwoWayTransformer(depth, width, num_heads, mlp_width)
         self.head_weight = nn.Parameter(torch.randn(num_outputs, width, output_width) * width**-0.5)
         self.head_bias = nn.Parameter(torch.zeros(num_outputs, output_width))
@@ -81,7 +83,7 @@ class PromptFeatureExtractor(nn.Module):
                 float[B, K, h * w, prompt_width], one for each.
             image_pe: float[1, prompt_width, h, w], positions of the cells.
             boxes: float32[B, K, 4], what the prompt tokens encode, xyxy in [0, 1] of the frame;
-                read with `box_values` alone.
+                read with `box_octaves` alone.
 
         Returns:
             float[B, K, num_outputs, output_width].
@@ -94,7 +96,7 @@ class PromptFeatureExtractor(nn.Module):
         cells = cells[:, None] + self.prompt_projection(dense)  # (B, 1 or K, N, D)
         tokens = self.prompt_projection(prompt_tokens)  # (B, K, P, D)
         if self.box_projection is not None:
-            tokens = tokens + self.box_projection(centre_and_size(boxes))[:, :, None]
+            tokens = tokens + self.box_projection(box_waves(boxes, self.box_octaves))[:, :, None]
         positions = self.position_projection(positions)
         B, K, N = len(cells), tokens.shape[1], cells.shape[2]
         # Cells of each prompt are as large as all that reading prompts in parts would save.
@@ -110,10 +112,19 @@ class PromptFeatureExtractor(nn.Module):
         return torch.einsum("bknd,ndo->bkno", tokens, self.head_weight) + self.head_bias
 
 
-def centre_and_size(boxes: Tensor) -> Tensor:
-    """float[..., 4], xyxy in [0, 1] -> centre, width and height, each in [-1, 1]."""
+def box_waves(boxes: Tensor, octaves: int) -> Tensor:
+    """Sines and cosines of centre, width and height, the longest wave twice the frame.
+
+    Args:
+        boxes: float[..., 4], xyxy in [0, 1].
+
+    Returns:
+        float[..., 8 * octaves], first all sines.
+    """
     start, end = boxes.split(2, dim=-1)
-    return torch.cat([start + end - 1, (end - start) * 2 - 1], dim=-1)
+    values = torch.cat([(start + end) / 2, end - start], dim=-1)
+    angles = values[..., None] * torch.pi * 2 ** torch.arange(octaves, device=boxes.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=-2).flatten(-2)
 
 
 def cell_centres(h: int, w: int, device: torch.device) -> Tensor:
