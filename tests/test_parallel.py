@@ -52,18 +52,23 @@ WEIGHTS = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class Team:
-    """Four processes that wait for work, forked from one that imported everything."""
+    """Four processes that wait for work, forked from one that imported everything.
+
+    Each keeps its rank: torch remembers how sharded tensors lie by the ranks of their mesh, and a
+    process that had another place in an equal mesh before would go by that.
+    """
 
     def __init__(self) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["pixelllm.training.captioning"])
-        self.pool = ProcessPoolExecutor(4, server, initializer=torch.set_num_threads, initargs=(1,))
+        one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        self.pools = [ProcessPoolExecutor(1, server, **one_thread) for _ in range(4)]
 
     def run(self, count: int, work: Callable, *args: Any, sharded: bool = False) -> list[Any]:
         """The results of `work(processes, *args)` in `count` of them, by rank."""
         with tempfile.TemporaryDirectory() as folder:
             facts = (count, sharded, f"file://{folder}/store", work, args)
-            work_of = [self.pool.submit(take_part, rank, *facts) for rank in range(count)]
+            work_of = [self.pools[rank].submit(take_part, rank, *facts) for rank in range(count)]
             return [future.result() for future in work_of]
 
 
@@ -82,7 +87,8 @@ def take_part(
 def team() -> Iterator[Team]:
     team = Team()
     yield team
-    team.pool.shutdown()
+    for pool in team.pools:
+        pool.shutdown()
 
 
 # --- whole runs of PixelLLM ---
@@ -173,6 +179,24 @@ def test_any_number_of_processes_gives_the_same_run(runs: Path, name: str):
     assert any("loss_mask" in line for line in curve(runs / "1"))
     assert_same_curve(curve(runs / name), curve(runs / "1"))
     assert_near(runs / name, runs / "1")
+
+
+def test_half_precision_with_lora_is_sharded_and_recomputed(
+    team: Team, tiny_tables: Tables, tmp_path: Path
+):
+    """What the large models need all together: its losses are those of whole weights, roughly."""
+    config = make_config(bfloat16=True, recompute=True)
+    language = replace(config.model.language, bfloat16=True)
+    config = replace(config, model=replace(config.model, language=language))
+    train_model(ALONE, config, tiny_tables, tmp_path / "whole")
+    team.run(2, train_model, config, tiny_tables, tmp_path / "sharded", sharded=True)
+    whole, sharded = (curve(tmp_path / name) for name in ("whole", "sharded"))
+    assert len(whole) == len(sharded) >= STEPS
+    for ours, theirs in zip(whole, sharded, strict=True):
+        assert ours.keys() == theirs.keys()
+        losses = [name for name in ours if "loss" in name]
+        assert losses
+        assert [ours[n] for n in losses] == pytest.approx([theirs[n] for n in losses], rel=0.05)
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(runs: Path):
