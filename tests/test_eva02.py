@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import GoldenCase, golden_names, load_golden
+from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLU, resample_abs_pos_embed
 from timm.models.eva import Eva
 from torch import nn
@@ -99,6 +101,28 @@ def test_aligned_gated_layer_learns_as_timms(hidden: int, generator: torch.Gener
     assert_close(*results)
     for mine, timms in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(mine.grad, timms.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_aligned_gated_layer_answers_from_weights_that_learnt(
+    dtype: torch.dtype, generator: torch.Generator, tmp_path: Path
+):
+    """Without gradients the rows of zeros lie behind the weights, wherever those went."""
+    ours = SwiGLU(12, 50, norm_layer=nn.LayerNorm)
+    ours.__class__ = AlignedSwiGLU
+    ours.to(dtype)
+    x = torch.randn(2, 5, 12, generator=generator, dtype=dtype)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
+    ours(x).sum().backward()
+    optimizer.step()
+    assert all(layer.weight.untyped_storage().nbytes() == 64 * 12 * dtype.itemsize
+               for layer in (ours.fc1_g, ours.fc1_x))  # fmt: skip
+    theirs = SwiGLU(12, 50, norm_layer=nn.LayerNorm).to(dtype)
+    save_file(ours.state_dict(), tmp_path / "weights.safetensors")
+    theirs.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+        assert_close(deepcopy(ours)(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
 def test_large_encoder_has_the_published_parameter_count():

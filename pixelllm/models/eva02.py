@@ -8,6 +8,7 @@ grid of pretraining: an option here. Its norms inside the feed-forward layers ha
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -45,9 +46,9 @@ class RotaryAttention(EvaAttention):
         start = (0, 0, self.num_prefix_tokens, 0)
         turns = torch.complex(F.pad(cosines, start, value=1.0), F.pad(sines, start))[:, None]
         q, k, v = (part.unflatten(2, (self.num_heads, -1)) for part in (q, k, v))
+        q, k = turn(q, turns), turn(k, turns)
         # Rows of a head that lie 2^n bytes apart share slots of a cache: a third slower attention.
-        q, k = (turn(part, turns).transpose(1, 2).contiguous() for part in (q, k))
-        v = v.transpose(1, 2)
+        q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
         found = F.scaled_dot_product_attention(q, k, v)
         return self.proj(self.norm(found.transpose(1, 2).flatten(2)))
 
@@ -62,8 +63,8 @@ class AlignedSwiGLU(SwiGLU):
     """timm's gated feed-forward layer with its two wide products at a width that kernels like.
 
     EVA02-L's 2,730 hidden channels leave a ragged edge that costs a third of those products'
-    speed. Rows of zeros up to the next multiple of `ALIGNED` are added on the way and their
-    results left out: the parameters and the arithmetic stay timm's.
+    speed. Rows of zeros up to the next multiple of `ALIGNED` follow them in memory and their
+    results are left out: the parameters and the arithmetic stay timm's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,13 +73,46 @@ class AlignedSwiGLU(SwiGLU):
         hidden = self.norm(self.drop1(self.act(gates) * values))
         return self.drop2(self.fc2(hidden))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignedSwiGLU:
+        super()._apply(fn, recurse)  # another device or number format has lost the rows
+        self.make_room()
+        return self
+
+    def make_room(self) -> None:
+        """Let zeros follow the rows of both wide weights in memory."""
+        for layer in (self.fc1_g, self.fc1_x):
+            if not _has_room(layer.weight):
+                roomy = F.pad(layer.weight.detach(), (0, 0, 0, _missing(layer.weight)))
+                layer.weight.data = roomy[: len(layer.weight)]
+
 
 def _linear_aligned(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)`; a view of a wider result where the width is not a multiple of `ALIGNED`."""
-    width = layer.out_features
-    missing = -width % ALIGNED
+    weight, missing = layer.weight, _missing(layer.weight)
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    if learns or not _has_room(weight):
+        weight = F.pad(weight, (0, 0, 0, missing))
+    else:
+        weight = weight.as_strided((len(weight) + missing, weight.shape[1]), weight.stride())
     bias = None if layer.bias is None else F.pad(layer.bias, (0, missing))
-    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)), bias)[..., :width]
+    return F.linear(x, weight, bias)[..., : layer.out_features]
+
+
+def _missing(weight: Tensor) -> int:
+    """Rows up to the next multiple of `ALIGNED`."""
+    return -len(weight) % ALIGNED
+
+
+def _has_room(weight: Tensor) -> bool:
+    """Whether the missing rows follow in memory. Sharded weights, whose class says so, have none.
+
+    Nothing else lies behind a parameter in its own storage, so the rows are still zeros.
+    """
+    if type(weight) not in (Tensor, nn.Parameter):
+        return False
+    bytes_needed = (len(weight) + _missing(weight)) * weight.shape[1] * weight.element_size()
+    is_first = weight.is_contiguous() and weight.storage_offset() == 0
+    return is_first and weight.untyped_storage().nbytes() == bytes_needed
 
 
 class Eva02Encoder(nn.Module):
@@ -98,6 +132,7 @@ class Eva02Encoder(nn.Module):
             block.attn.__class__ = RotaryAttention
             if isinstance(block.mlp, SwiGLU):
                 block.mlp.__class__ = AlignedSwiGLU
+                block.mlp.make_room()
         if stem is not None:
             vit.patch_embed.proj = stem
 
