@@ -74,8 +74,9 @@ class TrainingState:
         for name, weight in weights.items():
             if f"exp_avg.{name}" in stored:
                 moments = {moment: torch.zeros_like(weight) for moment in MOMENTS}
-                # AdamW keeps its step count on the CPU.
-                self.optimizer.state[weight] = {"step": torch.zeros(()), **moments}
+                # The fused AdamW keeps its step count, a float32, beside the weight.
+                step = torch.zeros((), device=weight.device)
+                self.optimizer.state[weight] = {"step": step, **moments}
         read_into(self.tensors(), folder)
 
 

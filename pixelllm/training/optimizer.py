@@ -45,6 +45,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         ],
         lr=config.lr,
         betas=config.betas,
+        fused=True,  # a quarter of the loop's time on a CPU
     )
 
 
