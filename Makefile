@@ -94,6 +94,10 @@ $(BIG)/referring_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.refcoco "$(ANNOTATIONS)/refer/refs(unc).p" $(ANNOTATIONS)/refer/instances.json \
 	    --images $(BIG)/scenes/$* --split $* --out $(@D)
 
+$(BIG)/attributes_%/records.arrow: $(BIG)/scenes/scenes.json
+	$(PY) -m data.refcoco "$(ANNOTATIONS)/refer/refs(unc).p" $(ANNOTATIONS)/refer/instances.json \
+	    --images $(BIG)/scenes/$* --split $* --matching "the * object" --out $(@D)
+
 runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
     $(BIG)/narrations_val/records.arrow $(BIG)/regions_train/records.arrow \
     $(RUN)/sam/model.safetensors $(RUN)/eva02/model.safetensors
@@ -104,7 +108,7 @@ runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
 small: runs/small/model.safetensors
 	$(PY) eval.py runs/small --task trace --data $(BIG)/narrations_val
 
-JOINT_TABLES := narrations regions referring kinds
+JOINT_TABLES := narrations regions referring kinds attributes
 
 runs/joint/model.safetensors: runs/small/model.safetensors \
     $(foreach t,$(JOINT_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)

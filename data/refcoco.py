@@ -15,6 +15,7 @@ import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -77,6 +78,7 @@ class Options:
         source: take the images of this corpus alone where the files mix several.
         image_data: image_data.json of Visual Genome, which says which of its images are COCO's;
             what leaks of those cannot be found without.
+        matching: take the expressions of this form alone, a glob such as "the * object".
         regions: every expression is the caption of its box as well, as in RefCOCOg's captioning.
         skip_missing: drop and count images whose file is missing.
     """
@@ -85,6 +87,7 @@ class Options:
     split: str | None = None
     source: Literal["coco", "vg", "flickr"] | None = None
     image_data: Path | None = None
+    matching: str = "*"
     regions: bool = False
     leaks: tuple[Path, ...] = ()
     drop_leaks: tuple[Path, ...] = ()
@@ -315,7 +318,7 @@ def read_records(
         tried = image_paths(options.images, first.image, source)
         name = image if isinstance(image, int) else Path(image).stem
         picture = Picture(f"{first.name}: {first.image}", name, tried, first.entry)
-        phrases_at = partial(_phrases, found, options.regions, report, seen)
+        phrases_at = partial(_phrases, found, options, report, seen)
         record = read_record(picture, phrases_at, report, options.skip_missing)
         if record:
             yield record
@@ -323,7 +326,7 @@ def read_records(
 
 def _phrases(
     found: list[Referent],
-    regions: bool,
+    options: Options,
     report: dict[str, Any],
     seen: Counter[int | str],
     size: Size,
@@ -341,10 +344,13 @@ def _phrases(
                 drop(report, "empty box" if text else "empty expression")
                 continue
             seen[number] += 1
+            if not fnmatchcase(text, options.matching):
+                drop(report, "expression of another form")
+                continue
             name = f"{number}#{seen[number] - 1}" if seen[number] > 1 else str(number)
             target = {"target_box": box, "mask": mask}
             yield Phrase(f"referring/{name}", "referring", text, context=text, **target)
-            if regions:
+            if options.regions:
                 yield Phrase(f"region/{name}", "region", text, prompt_box=box, **target)
 
 

@@ -209,7 +209,7 @@ TINY_DETECTOR = DetectorConfig(
 )
 EXPRESSIONS = Source(
     "referring",
-    weight=7.5,
+    weight=6,
     phrases_per_image=4,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
@@ -238,9 +238,10 @@ PHRASES = Source(
 def scenes_joint() -> Config:
     """One model that narrates, captions boxes, finds objects, locates phrases.
 
-    What a kind is called decides too rarely in expressions to be learnt from them, hence kinds
-    alone as well (`data.coco --expressions supercategory`). Their table has "kinds" in its name,
-    those of the others "regions" and "referring", since kinds come with regions of their own.
+    What a kind, a colour or a size is called decides too rarely in expressions to be learnt from
+    them, hence kinds alone as well (`data.coco --expressions supercategory`), and colours and
+    sizes (`data.refcoco --matching "the * object"`). These tables have "kinds" and "attributes" in
+    their names, the others "regions" and "referring": kinds come with regions of their own.
     """
     small = scenes_small()
     described = (replace(source, tables="*regions*") for source in (PHRASES, REGIONS))
@@ -253,8 +254,9 @@ def scenes_joint() -> Config:
         sources=(
             Source("narration"),
             *described,
-            located,
             replace(located, tables="*kinds*", weight=1),
+            replace(located, tables="*attributes*", weight=1.5, batch_size=32),  # one an image
+            located,  # the last of a task is the one that validation scores
         ),
         train=replace(
             small.train,

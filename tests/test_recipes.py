@@ -313,4 +313,5 @@ def test_kinds_are_located_and_not_described():
         ("region", "*regions*"),
         ("referring", "*referring*"),
         ("referring", "*kinds*"),
+        ("referring", "*attributes*"),
     }

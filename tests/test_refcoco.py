@@ -409,6 +409,19 @@ def test_ids_stay_unique_when_sets_are_merged(tmp_path: Path, images: Path):
     assert [phrase.caption for phrase in second.phrases] == ["a dog"]
 
 
+def test_expressions_of_one_form_can_be_taken(tmp_path: Path, images: Path):
+    entries = [
+        seqtr_entry(1, "the red object", "the red car"),
+        seqtr_entry(2, "the large object on the left"),
+    ]
+    file = write_json(tmp_path / "instances.json", {"train": entries})
+    options = Options(images, matching="the * object")
+    report = convert([file], options, tmp_path / "table")
+    (record,) = Table(tmp_path / "table")
+    assert [phrase.caption for phrase in record.phrases] == ["the red object"]
+    assert report["dropped"] == {"expression of another form": 2, "image without phrases": 1}
+
+
 def test_leaks_are_counted_by_split_and_dropped_on_request(tmp_path: Path, images: Path):
     """RefCOCOg's training images include some that RefCOCO tests on."""
     train = [reference(n, n, "train", "thing") for n in (1, 2, 3)]
