@@ -96,7 +96,7 @@ $(BIG)/referring_%/records.arrow: $(BIG)/scenes/scenes.json
 
 $(BIG)/attributes_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.refcoco "$(ANNOTATIONS)/refer/refs(unc).p" $(ANNOTATIONS)/refer/instances.json \
-	    --images $(BIG)/scenes/$* --split $* --matching "the * object" --out $(@D)
+	    --images $(BIG)/scenes/$* --split $* --matching "* object" "* thing" --out $(@D)
 
 runs/small/model.safetensors: $(BIG)/narrations_train/records.arrow \
     $(BIG)/narrations_val/records.arrow $(BIG)/regions_train/records.arrow \

@@ -78,7 +78,7 @@ class Options:
         source: take the images of this corpus alone where the files mix several.
         image_data: image_data.json of Visual Genome, which says which of its images are COCO's;
             what leaks of those cannot be found without.
-        matching: take the expressions of this form alone, a glob such as "the * object".
+        matching: take the expressions of these forms alone, globs such as "* object".
         regions: every expression is the caption of its box as well, as in RefCOCOg's captioning.
         skip_missing: drop and count images whose file is missing.
     """
@@ -87,7 +87,7 @@ class Options:
     split: str | None = None
     source: Literal["coco", "vg", "flickr"] | None = None
     image_data: Path | None = None
-    matching: str = "*"
+    matching: tuple[str, ...] = ("*",)
     regions: bool = False
     leaks: tuple[Path, ...] = ()
     drop_leaks: tuple[Path, ...] = ()
@@ -344,7 +344,7 @@ def _phrases(
                 drop(report, "empty box" if text else "empty expression")
                 continue
             seen[number] += 1
-            if not fnmatchcase(text, options.matching):
+            if not any(fnmatchcase(text, form) for form in options.matching):
                 drop(report, "expression of another form")
                 continue
             name = f"{number}#{seen[number] - 1}" if seen[number] > 1 else str(number)

@@ -240,8 +240,9 @@ def scenes_joint() -> Config:
 
     What a kind, a colour or a size is called decides too rarely in expressions to be learnt from
     them, hence kinds alone as well (`data.coco --expressions supercategory`), and colours and
-    sizes (`data.refcoco --matching "the * object"`). These tables have "kinds" and "attributes" in
-    their names, the others "regions" and "referring": kinds come with regions of their own.
+    sizes (`data.refcoco --matching "* object" "* thing"`). These tables have "kinds" and
+    "attributes" in their names, the others "regions" and "referring": kinds come with regions of
+    their own.
     """
     small = scenes_small()
     described = (replace(source, tables="*regions*") for source in (PHRASES, REGIONS))
@@ -255,7 +256,7 @@ def scenes_joint() -> Config:
             Source("narration"),
             *described,
             replace(located, tables="*kinds*", weight=1),
-            replace(located, tables="*attributes*", weight=1.5, batch_size=32),  # one an image
+            replace(located, tables="*attributes*", weight=1.5, batch_size=32),
             located,  # the last of a task is the one that validation scores
         ),
         train=replace(

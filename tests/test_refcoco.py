@@ -413,13 +413,16 @@ def test_expressions_of_one_form_can_be_taken(tmp_path: Path, images: Path):
     entries = [
         seqtr_entry(1, "the red object", "the red car"),
         seqtr_entry(2, "the large object on the left"),
+        seqtr_entry(3, "a dog", "a dog at a door"),
     ]
     file = write_json(tmp_path / "instances.json", {"train": entries})
-    options = Options(images, matching="the * object")
+    options = Options(images, matching=("the * object", "*dog"))
     report = convert([file], options, tmp_path / "table")
-    (record,) = Table(tmp_path / "table")
-    assert [phrase.caption for phrase in record.phrases] == ["the red object"]
-    assert report["dropped"] == {"expression of another form": 2, "image without phrases": 1}
+    captions = [
+        [phrase.caption for phrase in record.phrases] for record in Table(tmp_path / "table")
+    ]
+    assert captions == [["the red object"], ["a dog"]]
+    assert report["dropped"] == {"expression of another form": 3, "image without phrases": 1}
 
 
 def test_leaks_are_counted_by_split_and_dropped_on_request(tmp_path: Path, images: Path):
