@@ -137,7 +137,7 @@ def load_scenic(model: nn.Module, path: str | Path, absent: Collection[str] = ()
 def copy_state(
     model: nn.Module, state: dict[str, Tensor], source: str, absent: Collection[str] = ()
 ) -> None:
-    """Copy tensors into all of the model, shared ones once, but `OPTIONAL` and `absent` parts."""
+    """Move tensors into all of the model, shared ones once, but `OPTIONAL` and `absent` parts."""
     expected = {
         name: tensor
         for name, tensor in own_tensors(model).items()
@@ -146,24 +146,27 @@ def copy_state(
     require_fit(state, expected, source)
     with torch.no_grad():
         for name, tensor in expected.items():
-            tensor.copy_(state[name])
+            tensor.copy_(state.pop(name))
 
 
 def model_state(tree: Tree) -> dict[str, Tensor]:
-    """A tree under the names of our model; paths that we do not know keep theirs."""
-    state, rest = {}, dict(tree)
+    """A tree under the names of our model; paths that we do not know keep theirs.
+
+    The tree is emptied on the way, lest large parameters lie in memory twice.
+    """
+    state = {}
     for name, (ours, _) in PARTS.items():  # "textual" takes what "textual/t5_module" has left
-        below = [path for path in rest if path.startswith(f"{name}/")]
-        weights = {path.removeprefix(f"{name}/"): rest.pop(path) for path in below}
+        below = [path for path in tree if path.startswith(f"{name}/")]
+        weights = {path.removeprefix(f"{name}/"): tree.pop(path) for path in below}
         state |= {f"{ours}.{key}": value for key, value in part_state(name, weights).items()}
-    return state | {path: _tensor(value) for path, value in rest.items()}
+    return state | {path: _tensor(value) for path, value in tree.items()}
 
 
 def part_state(name: str, weights: Tree) -> dict[str, Tensor]:
-    """What lies below one of `PARTS` as a state dict of our module."""
+    """What lies below one of `PARTS`, taken out of `weights`, as a state dict of our module."""
     state = {}
-    for path, value in weights.items():
-        full = f"{name}/{path}"
+    for path in list(weights):
+        full, value = f"{name}/{path}", weights.pop(path)
         if full.startswith(UNUSED):
             continue
         key = re.sub(r"(^|\.)(kernel|scale|embedding)$", r"\1weight", path.replace("/", "."))
