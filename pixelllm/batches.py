@@ -150,9 +150,16 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 def encode_caption(
-    phrase: Phrase, tokenizer: PreTrainedTokenizerFast, limits: TextLimits
+    phrase: Phrase,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: TextLimits,
+    every_word: bool = False,
 ) -> tuple[list[int], np.ndarray]:
-    """Token ids from begin to end token and float32[T, 4] boxes, NaN where a token has none."""
+    """Token ids from begin to end token and float32[T, 4] boxes, NaN where a token has none.
+
+    An expression says what it means with its last word (reference, section 5.5), or with
+    `every_word`: in training its context has told the model already what will be said.
+    """
     encoded = tokenizer(phrase.caption, add_special_tokens=False, return_offsets_mapping=True)
     ids = [limits.begin_id, *encoded.input_ids, tokenizer.eos_token_id][: limits.max_tokens]
     offsets = [(-1, -1), *encoded.offset_mapping, (-1, -1)][: limits.max_tokens]
@@ -161,20 +168,23 @@ def encode_caption(
     boxes = np.full((len(ids), 4), np.nan, dtype=np.float32)
     words = [place for place, (start, _) in enumerate(offsets) if start >= 0]
     if phrase.target_box is not None:
-        # An expression says what it means with its last word (reference, section 5.5).
-        boxes[words[-1:] if phrase.task == "referring" else words] = phrase.target_box
+        last_alone = phrase.task == "referring" and not every_word
+        boxes[words[-1:] if last_alone else words] = phrase.target_box
     return ids, boxes
 
 
 def collate_text(
-    chosen: Sequence[Prompted], tokenizer: PreTrainedTokenizerFast, limits: TextLimits
+    chosen: Sequence[Prompted],
+    tokenizer: PreTrainedTokenizerFast,
+    limits: TextLimits,
+    every_word: bool = False,
 ) -> dict[str, object]:
-    """Everything of a `Batch` that comes from the phrases."""
+    """Everything of a `Batch` that comes from the phrases; `every_word` as in `Source`."""
     num_prompts = max(1, *(len(item.phrases) for item in chosen))
     contexts, tokens, places, boxes, ids = [], [], [], [], []
     for item in chosen:
         missing = num_prompts - len(item.phrases)
-        encoded = [encode_caption(phrase, tokenizer, limits) for phrase in item.phrases]
+        encoded = [encode_caption(p, tokenizer, limits, every_word) for p in item.phrases]
         # A padding row keeps its begin token: a row without any valid token has no softmax.
         tokens += [row for row, _ in encoded] + [[limits.begin_id]] * missing
         places += [place for _, place in encoded] + [np.zeros((0, 4), np.float32)] * missing

@@ -149,6 +149,7 @@ class Source:
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
     in_turn: bool = False  # of PerceptionGPT: phrases are rounds of one conversation, in order
+    every_word: bool = False  # an expression's box is asked of all its words, not only the last
     scale: tuple[float, float] | None = None  # random resize range, then a random crop
     mirror: float = 0.0  # with a scale: chance of left and right changing places
     text_weight: float = 1.0
@@ -162,6 +163,12 @@ class Source:
             weights = f"mask_weight {self.mask_weight}, detection_weight {self.detection_weight}"
             raise ValueError(
                 f"source {self.task!r}: {weights}; proposals have no masks, so one must be 0"
+            )
+        if self.every_word and self.mask_weight:
+            weights = f"every_word, mask_weight {self.mask_weight}"
+            raise ValueError(
+                f"source {self.task!r}: {weights}; a mask is that of the last word's box, "
+                "so every_word must be off or the weight 0"
             )
 
 

@@ -198,7 +198,7 @@ def assemble(
         features=cache.lookup(records) if cache else {},
         masks=frame_masks(chosen, seen, frame) if source.mask_weight else NO_MASKS,
         source=source,
-        **collate_text(chosen, tokenizer, limits),
+        **collate_text(chosen, tokenizer, limits, source.every_word),
     )
 
 

@@ -213,6 +213,7 @@ EXPRESSIONS = Source(
     phrases_per_image=4,
     contexts=(REFERRING_CONTEXT,),
     text_weight=0.0,
+    every_word=True,  # a colour is looked up where it is said: "object" alone is too far from it
 )
 REGIONS = Source(
     "region",
@@ -317,7 +318,7 @@ def masks_alone(config: Config, start: str) -> Config:
         config,
         name=f"{config.name}-refseg",
         start=StartConfig(run=start, sam="runs/quickstart/sam"),
-        sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0),),
+        sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0, every_word=False),),
         train=replace(
             config.train,
             steps=1600,

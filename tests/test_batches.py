@@ -80,6 +80,21 @@ def test_a_target_box_is_the_place_of_every_word_without_trace(tokenizer):
     assert np.allclose(boxes[1:-1], box) and np.isnan(boxes[[0, -1]]).all()
 
 
+def test_an_expression_is_located_by_its_last_word_or_by_every_one(tokenizer, tmp_path):
+    box = (0.1, 0.2, 0.3, 0.4)
+    red = replace(phrase("a red car", pieces=(), target_box=box), task="referring")
+    item = prompted(record(tmp_path, 0), red)
+    last = batch_of(tokenizer, item, source=Source("referring")).with_points[0]
+    every = batch_of(tokenizer, item, source=Source("referring", every_word=True)).with_points[0]
+    assert last.tolist() == [False] * (len(last) - 2) + [True, False]
+    assert every.tolist() == [False] + [True] * (len(last) - 2) + [False]
+
+
+def test_a_mask_is_that_of_one_word():
+    with pytest.raises(ValueError, match=r"'referring': every_word, mask_weight 1.0"):
+        Source("referring", every_word=True, mask_weight=1.0)
+
+
 def test_a_caption_without_place_has_no_points(tokenizer, tmp_path):
     batch = batch_of(tokenizer, prompted(record(tmp_path, 0), phrase("a ball", pieces=())))
     assert not batch.with_points.any() and torch.isfinite(batch.points).all()

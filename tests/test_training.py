@@ -449,9 +449,11 @@ def test_every_task_is_validated_on_the_tables_that_have_it(tiny_joint, tiny_tab
     sources = make_tiny_joint_config().sources
     val = [Table(tiny_tables.val), Table(tiny_tables.val_referring)]
     assert [s.task for s in captioning.scored_sources(sources, val)] == ["narration", "referring"]
-    named = [replace(s, tables=glob) for s in sources[-1:] for glob in ("*refer*", "*other*")]
+    located = replace(sources[-1], mask_weight=0.0, every_word=True)
+    named = [replace(located, tables=glob) for glob in ("*refer*", "*other*")]
     (scored,) = captioning.scored_sources(named, val)
     assert scored.tables == "*refer*"  # though the other comes last
+    assert not scored.every_word  # it scores the word that is read
     (scored,) = captioning.scored_sources(named[1:], val)
     assert scored.tables == "*"  # a table of any name will do to validate on
     with pytest.raises(ValueError, match=r"no phrases of the recipe's tasks \(narration\)"):

@@ -127,7 +127,8 @@ def scored_sources(sources: Sequence[Source], val: list[Table | ShardedTable]) -
     """
     tasks = dict.fromkeys(source.task for source in sources)
     names_of = {task: [table.name for table in val if table.has_task(task)] for task in tasks}
-    whole = [replace(source, window=(0.0, 1.0), scale=None) for source in sources]
+    scored = {"window": (0.0, 1.0), "scale": None, "every_word": False}
+    whole = [replace(source, **scored) for source in sources]
     named = [s for s in whole if any(fnmatch(name, s.tables) for name in names_of[s.task])]
     last = {s.task: replace(s, tables="*") for s in whole} | {s.task: s for s in named}
     found = [source for source in last.values() if names_of[source.task]]
