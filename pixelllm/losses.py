@@ -54,7 +54,7 @@ def point_loss(
     Args:
         points: float[..., T, P, 2].
         targets: float[..., T, P, 2].
-        valid: bool[..., T].
+        valid: bool[..., T], or float weights of the words.
         kind: "l1_nonzero" also drops words whose targets are all 0, which means "nowhere".
     """
     points, targets = points.float(), targets.float()

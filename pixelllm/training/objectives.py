@@ -57,6 +57,8 @@ def places_loss(prediction: Prediction, batch: Batch, frame: int) -> Tensor:
     frame_share = batch.sizes.flip(-1).float() / frame  # (B, 2), x and y
     scale = frame_share.repeat_interleave(batch.num_prompts, dim=0)[:, None, None]  # (R, 1, 1, 2)
     valid = batch.with_points & ~batch.row_padding[:, None]
+    if batch.source.every_word:  # a long expression counts no more than a short one
+        valid = valid / valid.sum(1, keepdim=True).clamp(min=1)
     return point_loss(prediction.points * scale, batch.points * scale, valid, kind="l1")
 
 
