@@ -112,6 +112,18 @@ def test_an_expression_learns_the_point_of_its_last_word_alone(model, tables):
     assert moved.nonzero().tolist() == [[row, last[row]] for row in rows]
 
 
+def test_expressions_that_learn_at_every_word_count_alike_however_long(model, tables):
+    batch = draw(model, tables, "referring", mask_weight=0.0, every_word=True)
+    prediction = read(model, batch)
+    rows = [
+        places_loss(prediction, replace(batch, row_padding=alone.logical_not()), 48)
+        for alone in torch.eye(len(batch.row_padding), dtype=torch.bool)[~batch.row_padding]
+    ]
+    lengths = batch.with_points[~batch.row_padding].sum(1)
+    assert len(rows) > 4 and lengths.min() > 1 and lengths.min() < lengths.max()
+    torch.testing.assert_close(places_loss(prediction, batch, 48), torch.stack(rows).mean())
+
+
 def test_narrations_learn_the_points_of_many_words(model, tables):
     batch = draw(model, tables, "narration")
     prediction = read(model, batch)
