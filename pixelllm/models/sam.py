@@ -103,37 +103,49 @@ class RelativeAttention(Attention):
     """SAM's attention on fused kernels, for grids of another size than its position tables'.
 
     Windows are cut after the projections, so that only cells of the grid are projected. Those that
-    SAM pads the last windows with are zero before the projections: one stands for all.
+    SAM pads the last windows with are zero before the projections: one stands for all. They are
+    attended to, but attend to nothing themselves.
     """
 
     def forward(self, x: Tensor, window: int | None) -> Tensor:
         B, h, w, C = x.shape
         cells = x.flatten(1, 2)
         if window is None:
-            found = self.attend(self.qkv(cells), h, w)
+            found = self.attend(self.qkv(cells).view(B, h, w, 3 * C), h, w)
         else:
             order = window_order(h, w, window, x.device)
             qkv = self.qkv(F.pad(cells, (0, 0, 0, 1))).index_select(1, order)
-            found = self.attend(qkv.view(-1, window**2, 3 * C), window, window)
-            places = order.argsort(stable=True)[: h * w]
-            found = found.reshape(B, -1, C).index_select(1, places)
+            windows = qkv.view(B, -(-h // window), -(-w // window), window, window, 3 * C)
+            found = x.new_empty(B, h, w, C, dtype=qkv.dtype)
+            for down, top, rows in window_spans(h, window):
+                for across, left, columns in window_spans(w, window):
+                    part = windows[:, down, across]  # (B, n, m, window, window, 3 * C)
+                    read = self.attend(part.flatten(0, 2), rows, columns)
+                    read = read.view(*part.shape[:3], rows, columns, C).transpose(2, 3)
+                    found[:, top, left] = read.reshape(B, part.shape[1] * rows, -1, C)
         return self.proj(found).view(B, h, w, C)
 
-    def attend(self, qkv: Tensor, h: int, w: int) -> Tensor:
-        """float[R, h * w, 3 * C] of R grids -> float[R, h * w, C]."""
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        grid = q.unflatten(2, (h, w))  # (R, heads, h, w, d)
-        tables = relative_positions(self.rel_pos_h, h), relative_positions(self.rel_pos_w, w)
+    def attend(self, qkv: Tensor, rows: int, columns: int) -> Tensor:
+        """What the first cells of R grids read: float[R, h, w, 3 * C] -> [R, rows * columns, C]."""
+        h, w = qkv.shape[1:3]
+        q, k, v = qkv.unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        k, v = k.flatten(2, 3), v.flatten(2, 3)
+        grid = q[:, :, :rows, :columns]  # (R, heads, rows, columns, d)
+        tables = (
+            relative_positions(self.rel_pos_h, h)[:rows],
+            relative_positions(self.rel_pos_w, w)[:columns],
+        )
         # To the row and to the column of a key, as a product with ones: sums of such short runs
         # are several times slower.
         of_row, of_column = (torch.eye(n, dtype=q.dtype, device=q.device) for n in (h, w))
         spread = torch.cat([of_row.repeat_interleave(w, 1), of_column.repeat(1, h)])
-        at_once = max(BIASES_AT_ONCE // (len(q) * self.num_heads * w * h * w), 1)  # rows of cells
+        pairs = len(q) * self.num_heads * columns * h * w  # of a row of cells
+        at_once = max(BIASES_AT_ONCE // pairs, 1)
         found = []
         for part, table in zip(grid.split(at_once, 2), tables[0].split(at_once), strict=True):
-            rows = torch.einsum("bnhwc,hkc->bnhwk", part, table)
-            columns = torch.einsum("bnhwc,wkc->bnhwk", part, tables[1])
-            bias = torch.cat([rows, columns], dim=4).flatten(2, 3).to(q.dtype) @ spread
+            to_rows = torch.einsum("bnhwc,hkc->bnhwk", part, table)
+            to_columns = torch.einsum("bnhwc,wkc->bnhwk", part, tables[1])
+            bias = torch.cat([to_rows, to_columns], dim=4).flatten(2, 3).to(q.dtype) @ spread
             part = part.flatten(2, 3)
             read = F.scaled_dot_product_attention(part, k, v, attn_mask=bias, scale=self.scale)
             found.append(read.transpose(1, 2))  # (R, cells, heads, d)
@@ -146,6 +158,17 @@ def window_order(h: int, w: int, window: int, device: torch.device) -> Tensor:
     cells = F.pad(cells, (0, -w % window, 0, -h % window), value=h * w)
     cells = cells.unflatten(1, (-1, window)).unflatten(0, (-1, window))
     return cells.transpose(1, 2).flatten()
+
+
+def window_spans(size: int, window: int) -> list[tuple[slice, slice, int]]:
+    """Windows along an axis: which ones, the cells they cover and how many cells each.
+
+    Those that fit come first, then the one that reaches over the edge.
+    """
+    whole, rest = divmod(size, window)
+    inner, edge = slice(0, whole * window), slice(whole * window, size)
+    spans = [(slice(0, whole), inner, window), (slice(whole, whole + 1), edge, rest)]
+    return [span for span in spans if span[1].start < span[1].stop]
 
 
 def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
