@@ -1,6 +1,7 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
 # make small: the same model after an hour. make joint: one model for every task, from small.
+# make ref: expressions alone, located and segmented, from small.
 # make perceptiongpt: the second paper's model, on the same scenes. make perceptiongpt-all: it
 # learns captions, conversations and answers that point besides.
 
@@ -10,7 +11,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart small joint perceptiongpt perceptiongpt-all test lint clean
+.PHONY: quickstart small joint ref perceptiongpt perceptiongpt-all test lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(RUN)/gallery.html
@@ -125,6 +126,20 @@ joint: runs/joint-refseg/model.safetensors
 	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
 	$(PY) eval.py $(<D) --task region --data $(BIG)/regions_val
 	$(PY) eval.py $(<D) --task dense --data $(BIG)/regions_val
+
+NAME_TABLES := referring kinds attributes
+
+runs/scenes-ref/model.safetensors: runs/small/model.safetensors \
+    $(foreach t,$(NAME_TABLES),$(BIG)/$(t)_train/records.arrow $(BIG)/$(t)_val/records.arrow)
+	$(PY) train.py scenes-ref --data $(NAME_TABLES:%=$(BIG)/%_train) \
+	    --val $(NAME_TABLES:%=$(BIG)/%_val) --start.run runs/small --out $(@D) $(CACHE)
+
+runs/scenes-refseg/model.safetensors: runs/scenes-ref/model.safetensors
+	$(PY) train.py scenes-refseg --data $(BIG)/referring_train --val $(BIG)/referring_val \
+	    --start.run runs/scenes-ref --out $(@D) $(CACHE)
+
+ref: runs/scenes-refseg/model.safetensors
+	$(PY) eval.py $(<D) --task segmentation --data $(BIG)/referring_val
 
 $(BIG)/named_%/records.arrow: $(BIG)/scenes/scenes.json
 	$(PY) -m data.visual_genome $(ANNOTATIONS)/visual_genome/$*.json --expressions \
