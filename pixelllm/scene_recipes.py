@@ -236,17 +236,17 @@ PHRASES = Source(
 
 
 def names_then_expressions() -> tuple[Source, ...]:
-    """Kinds, colours and sizes alone for a quarter of the training, then expressions as well.
+    """Kinds alone for a quarter of the training, then expressions, at half of it attributes too.
 
     What a kind, a colour or a size is called decides too rarely in expressions to be learnt from
-    them, hence kinds alone as well (`data.coco --expressions supercategory`), and colours and
-    sizes (`data.refcoco --matching "* object" "* thing"`). These come first: as long as "left"
-    and "largest" narrow the choice, nothing else is learnt. Their tables have "kinds" and
-    "attributes" in their names, that of the expressions "referring".
+    them, hence kinds alone (`data.coco --expressions supercategory`), and colours and sizes
+    (`data.refcoco --matching "* object" "* thing"`). Kinds come first: as long as "left" and
+    "largest" narrow the choice, nothing else is learnt; with colours beside them, neither is for
+    long. The tables have "kinds", "attributes" and "referring" in their names.
     """
     return (
-        replace(EXPRESSIONS, tables="*kinds*"),
-        replace(EXPRESSIONS, tables="*attributes*", weight=1.5, batch_size=32),
+        replace(EXPRESSIONS, tables="*kinds*", weight=2.5),
+        replace(EXPRESSIONS, tables="*attributes*", weight=1.5, window=(0.5, 1.0)),
         # The last source of a task is the one that validation scores.
         replace(EXPRESSIONS, tables="*referring*", weight=8, window=(0.25, 1.0)),
     )
