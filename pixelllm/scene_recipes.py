@@ -285,7 +285,7 @@ def scenes_joint_refseg() -> Config:
 
 
 def scenes_ref() -> Config:
-    """Referring localization on scenes, from scenes-small, in three quarters of an hour."""
+    """Referring localization on scenes, from scenes-small."""
     joint = scenes_joint()
     return replace(
         joint,
