@@ -22,6 +22,8 @@ MAKERS: tuple[Callable[[], Recipe], ...] = (
     scenes.scenes_densecap,
     scenes.scenes_joint,
     scenes.scenes_joint_refseg,
+    scenes.scenes_joint_long,
+    scenes.scenes_joint_long_refseg,
     paper.ln_coco_t5xl,
     paper.ref_t5xl,
     paper.refseg_t5xl,

@@ -253,7 +253,7 @@ def names_then_expressions() -> tuple[Source, ...]:
 
 
 def scenes_joint() -> Config:
-    """One model that narrates, captions boxes, finds objects, locates phrases.
+    """One model that narrates, captions boxes, finds objects, locates phrases: an hour's.
 
     Only tables with "regions" in their names are described: kinds come with regions of their own.
     """
@@ -271,7 +271,7 @@ def scenes_joint() -> Config:
         ),
         train=replace(
             small.train,
-            steps=37_000,
+            steps=4700,
             lr=8e-4,
             frozen=(*small.train.frozen, "mask_head"),
         ),
@@ -281,7 +281,24 @@ def scenes_joint() -> Config:
 
 def scenes_joint_refseg() -> Config:
     """The masks of scenes-joint."""
-    return masks_alone(scenes_joint(), start="runs/joint")
+    return masks_alone(scenes_joint(), start="runs/joint", steps=700)
+
+
+def scenes_joint_long() -> Config:
+    """scenes-joint for some hours more, all tasks at once."""
+    joint = scenes_joint()
+    return replace(
+        joint,
+        name="scenes-joint-long",
+        start=replace(joint.start, run="runs/joint"),
+        sources=tuple(replace(source, window=(0.0, 1.0)) for source in joint.sources),
+        train=replace(joint.train, steps=14_000),
+    )
+
+
+def scenes_joint_long_refseg() -> Config:
+    """The masks of scenes-joint-long."""
+    return masks_alone(scenes_joint_long(), start="runs/joint-long")
 
 
 def scenes_ref() -> Config:
@@ -316,8 +333,8 @@ def scenes_densecap() -> Config:
     )
 
 
-def masks_alone(config: Config, start: str) -> Config:
-    """Train the mask head for a quarter of an hour.
+def masks_alone(config: Config, start: str, steps: int = 1600) -> Config:
+    """Train the mask head.
 
     SAM's decoder, frozen in the release, learns along: that of scenes-sam had two minutes.
     """
@@ -332,7 +349,7 @@ def masks_alone(config: Config, start: str) -> Config:
         sources=(replace(EXPRESSIONS, point_weight=0.0, mask_weight=1.0, every_word=False),),
         train=replace(
             config.train,
-            steps=1600,
+            steps=steps,
             lr=2e-3,
             frozen=frozen,
             lr_scales={"mask_head.decoder": 0.2},

@@ -103,6 +103,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         assert Path(program).name.startswith("python"), f"how is {words} checked?"
         program, rest = (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
+    if program == "torch.distributed.run":
+        program, *rest = rest[rest.index("train.py") :]
     if program.startswith("benchmarks"):
         file = ROOT / f"{program.removesuffix('.py').replace('.', '/')}.py"
         names = [word[2:].replace("-", "_") for word in rest if word.startswith("--")]
@@ -162,7 +164,7 @@ def planned(tmp_path_factory) -> dict[str, list[list[str]]]:
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     run = f"RUN={tmp_path_factory.mktemp('make') / 'run'}"
     plans = {}
-    for target in ("quickstart", "small", "joint", "perceptiongpt", "test", "lint"):
+    for target in ("quickstart", "small", "joint", "joint-long", "perceptiongpt", "test", "lint"):
         command = ["make", "--no-print-directory", "-n", target, run]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

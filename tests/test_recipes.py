@@ -304,9 +304,10 @@ def test_scenes_teach_perceptiongpt_names_before_relations():
     assert {s.window[1] for s in first} == {s.window[0] for s in later}
 
 
-def test_kinds_are_located_and_not_described():
+@pytest.mark.parametrize("recipe", ["scenes-joint", "scenes-joint-long"])
+def test_kinds_are_located_and_not_described(recipe: str):
     """Their regions are called "red boat" where the others are "a small red boat"."""
-    sources = RECIPES["scenes-joint"]().sources
+    sources = RECIPES[recipe]().sources
     tables = {(source.task, source.tables) for source in sources}
     assert tables == {
         ("narration", "*"),
@@ -315,3 +316,12 @@ def test_kinds_are_located_and_not_described():
         ("referring", "*kinds*"),
         ("referring", "*attributes*"),
     }
+
+
+def test_the_long_recipe_goes_on_with_all_sources_at_once():
+    joint, long = RECIPES["scenes-joint"](), RECIPES["scenes-joint-long"]()
+    assert long.start.run == "runs/joint" and long.model == joint.model
+    assert {source.window for source in long.sources} == {(0.0, 1.0)}
+    assert {source.window for source in joint.sources} != {(0.0, 1.0)}
+    masks = RECIPES["scenes-joint-long-refseg"]()
+    assert masks.name == "scenes-joint-long-refseg" and masks.start.run == "runs/joint-long"
