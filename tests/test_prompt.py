@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from pixelllm.models.prompt import (
     PromptFeatureExtractor,
     box_waves,
+    cells_at_once,
     fuse_features,
     init_from_sam,
 )
@@ -75,6 +76,11 @@ def test_prompts_read_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch):
     together = extractor(*inputs)
     monkeypatch.setattr("pixelllm.models.prompt.CELLS_AT_ONCE", 2 * 2 * 4 * 5)  # two at a time
     assert_close(extractor(*inputs), together, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_reads_300_prompts_together():
+    at_once = {kind: cells_at_once(torch.device(kind)) // 27**2 for kind in ("cpu", "cuda")}
+    assert at_once["cpu"] < 20 and at_once["cuda"] >= 300
 
 
 @pytest.mark.parametrize("prompt_width", [WIDTH, 12])

@@ -13,7 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from pixelllm.images import resize
-from pixelllm.models.sam import MaskDecoder, PromptEncoder, SamEncoder, resize_table
+from pixelllm.models.sam import (
+    MaskDecoder,
+    PromptEncoder,
+    RelativeAttention,
+    SamEncoder,
+    resize_table,
+)
 from pixelllm.models.stem import ConvStem
 from pixelllm.scenic import part_state
 
@@ -59,6 +65,32 @@ def test_biases_made_in_parts_give_the_same(
     together = encoder(images)
     monkeypatch.setattr("pixelllm.models.sam.BIASES_AT_ONCE", 2 * 2 * 5 * 8 * 5)  # 2 rows of 8
     assert_close(encoder(images), together, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biases", [2**28, 1])  # of all windows at once, and of one by one
+@pytest.mark.parametrize("size", [(80, 80), (64, 40), (24, 16), (96, 72)])
+def test_windows_read_together_give_the_same(
+    size: tuple[int, int],
+    biases: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """What GPUs run and what CPUs run are one function, and so are its gradients."""
+    encoder = SamEncoder(**SIZES | dict(window_size=4))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    images = torch.randn(2, 3, *size, generator=generator)
+
+    def run() -> list[torch.Tensor]:
+        features = encoder(images)
+        return [features, *torch.autograd.grad(features.square().mean(), encoder.parameters())]
+
+    in_parts = run()
+    monkeypatch.setattr("pixelllm.models.sam.BIASES_TOGETHER", biases)
+    monkeypatch.setattr(RelativeAttention, "read_in_parts", RelativeAttention.read_together)
+    for together, expected in zip(run(), in_parts, strict=True):
+        assert_close(together, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (24, 40), (90, 70)])

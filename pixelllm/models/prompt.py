@@ -17,7 +17,9 @@ from pixelllm.images import resize
 from pixelllm.models.sam import MaskDecoder, PromptEncoder
 from pixelllm.models.two_way import two_way
 
-CELLS_AT_ONCE = 12_000  # of all images and prompts that are read together: bounds memory
+# Of all images and prompts that are read together: bounds memory, and fits a CPU's cache.
+CELLS_AT_ONCE = 12_000
+CELLS_TOGETHER = 220_000  # the same on a GPU, where calls are dear: 300 prompts of 27 x 27 cells
 
 
 class PromptFeatureExtractor(nn.Module):
@@ -100,7 +102,7 @@ class PromptFeatureExtractor(nn.Module):
         positions = self.position_projection(positions)
         B, K, N = len(cells), tokens.shape[1], cells.shape[2]
         # Cells of each prompt are as large as all that reading prompts in parts would save.
-        at_once = max(CELLS_AT_ONCE // (B * N), 1) if cells.shape[1] == 1 else K
+        at_once = max(cells_at_once(cells.device) // (B * N), 1) if cells.shape[1] == 1 else K
         parts = tokens.split(at_once, dim=1)
         return torch.cat([self.read(cells, positions, part) for part in parts], dim=1)
 
@@ -110,6 +112,11 @@ class PromptFeatureExtractor(nn.Module):
         tokens, _ = two_way(self.transformer, torch.cat([learned, tokens], dim=2), cells, positions)
         tokens = tokens[:, :, : len(self.output_tokens)]
         return torch.einsum("bknd,ndo->bkno", tokens, self.head_weight) + self.head_bias
+
+
+def cells_at_once(device: torch.device) -> int:
+    """How many cells, over all images and prompts, are best read together."""
+    return CELLS_AT_ONCE if device.type == "cpu" else CELLS_TOGETHER
 
 
 def box_waves(boxes: Tensor, octaves: int) -> Tensor:

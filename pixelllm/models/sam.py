@@ -2,8 +2,8 @@
 
 The modules are `segment_anything`'s, so official checkpoints load unchanged. What is added:
   * the encoder takes other input sizes than it was built for, its position tables resized with
-    antialiasing as the PixelLLM release does; attention runs through fused kernels, and windows
-    that reach over the edge cost no projections of what is not there;
+    antialiasing as the PixelLLM release does; attention runs through fused kernels, and on a CPU
+    windows that reach over the edge cost no projections of what is not there;
   * boxes become prompt tokens the PixelLLM way; positions are float32 under autocast;
   * the mask decoder takes a batch of images with several prompts each.
 The release keeps stochastic depth on in its frozen encoder while training; we do not.
@@ -17,7 +17,11 @@ import segment_anything.modeling as official
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import MLPBlock
-from segment_anything.modeling.image_encoder import Attention
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    window_partition,
+    window_unpartition,
+)
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
 
@@ -26,7 +30,8 @@ from pixelllm.models.two_way import two_way
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-BIASES_AT_ONCE = 2**22  # of pairs of cells: bounds memory, and keeps them in a cache
+BIASES_AT_ONCE = 2**22  # of pairs of cells: bounds memory, and keeps them in a CPU's cache
+BIASES_TOGETHER = 2**28  # the same where calls are dear: bounds memory alone
 NUM_BOX_TOKENS = 5  # two corners; the release fills up to the length of its point prompts
 
 
@@ -102,28 +107,59 @@ class WindowedBlock(nn.Module):
 class RelativeAttention(Attention):
     """SAM's attention on fused kernels, for grids of another size than its position tables'.
 
-    Windows are cut after the projections, so that only cells of the grid are projected. Those that
-    SAM pads the last windows with are zero before the projections: one stands for all. They are
-    attended to, but attend to nothing themselves.
+    Cells that SAM pads the last windows with are zero before the projections, and are attended to.
+    A CPU is kept from computing what is not asked for, in parts that fit its cache. On a GPU many
+    small calls cost more than that saves: all windows attend at once, padding and all.
     """
 
     def forward(self, x: Tensor, window: int | None) -> Tensor:
+        read = self.read_in_parts if x.device.type == "cpu" else self.read_together
+        return self.proj(read(x, window))
+
+    def read_together(self, x: Tensor, window: int | None) -> Tensor:
+        """What all cells read, before `proj`, in few large calls: float[B, h, w, C] -> the same."""
+        if window is None:
+            return self.attend_whole(x)
+        windows, padded = window_partition(x, window)
+        return window_unpartition(self.attend_whole(windows), window, padded, x.shape[1:3])
+
+    def attend_whole(self, x: Tensor) -> Tensor:
+        """What the cells of R grids read: float[R, h, w, C] -> the same."""
+        h, w = x.shape[1:3]
+        tables = relative_positions(self.rel_pos_h, h), relative_positions(self.rel_pos_w, w)
+        at_once = max(BIASES_TOGETHER // (self.num_heads * (h * w) ** 2), 1)
+        found = []
+        for qkv in self.qkv(x).unflatten(3, (3, self.num_heads, -1)).split(at_once):
+            q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # (R, heads, h, w, d) each
+            to_rows = torch.einsum("bnhwc,hkc->bnhwk", q, tables[0])
+            to_columns = torch.einsum("bnhwc,wkc->bnhwk", q, tables[1])
+            bias = to_rows[..., None] + to_columns[..., None, :]
+            bias = bias.flatten(4).flatten(2, 3).to(q.dtype)
+            q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+            read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+            found.append(read.transpose(1, 2))  # (R, cells, heads, d)
+        return torch.cat(found).view(x.shape)
+
+    def read_in_parts(self, x: Tensor, window: int | None) -> Tensor:
+        """`read_together` without needless work: one cell stands for all of the padding.
+
+        Windows are cut after the projections, and padding asks nothing itself.
+        """
         B, h, w, C = x.shape
         cells = x.flatten(1, 2)
         if window is None:
-            found = self.attend(self.qkv(cells).view(B, h, w, 3 * C), h, w)
-        else:
-            order = window_order(h, w, window, x.device)
-            qkv = self.qkv(F.pad(cells, (0, 0, 0, 1))).index_select(1, order)
-            windows = qkv.view(B, -(-h // window), -(-w // window), window, window, 3 * C)
-            found = x.new_empty(B, h, w, C, dtype=qkv.dtype)
-            for down, top, rows in window_spans(h, window):
-                for across, left, columns in window_spans(w, window):
-                    part = windows[:, down, across]  # (B, n, m, window, window, 3 * C)
-                    read = self.attend(part.flatten(0, 2), rows, columns)
-                    read = read.view(*part.shape[:3], rows, columns, C).transpose(2, 3)
-                    found[:, top, left] = read.reshape(B, part.shape[1] * rows, -1, C)
-        return self.proj(found).view(B, h, w, C)
+            return self.attend(self.qkv(cells).view(B, h, w, 3 * C), h, w).view(B, h, w, C)
+        order = window_order(h, w, window, x.device)
+        qkv = self.qkv(F.pad(cells, (0, 0, 0, 1))).index_select(1, order)
+        windows = qkv.view(B, -(-h // window), -(-w // window), window, window, 3 * C)
+        found = x.new_empty(B, h, w, C, dtype=qkv.dtype)
+        for down, top, rows in window_spans(h, window):
+            for across, left, columns in window_spans(w, window):
+                part = windows[:, down, across]  # (B, n, m, window, window, 3 * C)
+                read = self.attend(part.flatten(0, 2), rows, columns)
+                read = read.view(*part.shape[:3], rows, columns, C).transpose(2, 3)
+                found[:, top, left] = read.reshape(B, part.shape[1] * rows, -1, C)
+        return found
 
     def attend(self, qkv: Tensor, rows: int, columns: int) -> Tensor:
         """What the first cells of R grids read: float[R, h, w, 3 * C] -> [R, rows * columns, C]."""
@@ -189,8 +225,8 @@ def relative_positions(table: Tensor, side: int) -> Tensor:
     """Rows of a (2 * n - 1, d) table for all pairs on an axis of `side` cells: (side, side, d)."""
     # The axis is resized as the last one of an image: antialiasing needs no singleton there.
     table = resize(table.T[None, None], (table.shape[1], 2 * side - 1), "bilinear")[0, 0].T
-    cells = torch.arange(side, device=table.device)
-    return table[cells[:, None] - cells + side - 1]
+    table = table.contiguous()
+    return table.unfold(0, side, 1).mT.flip(1)  # [i, j] is row i - j + side - 1
 
 
 class FourierPositions(PositionEmbeddingRandom):
