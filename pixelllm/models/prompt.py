@@ -19,7 +19,7 @@ from pixelllm.models.two_way import two_way
 
 # Of all images and prompts that are read together: bounds memory, and fits a CPU's cache.
 CELLS_AT_ONCE = 12_000
-CELLS_TOGETHER = 220_000  # the same on a GPU, where calls are dear: 300 prompts of 27 x 27 cells
+CELLS_TOGETHER = 110_000  # the same on a GPU, where calls are dear: 150 prompts of 27 x 27 cells
 
 
 class PromptFeatureExtractor(nn.Module):
