@@ -253,7 +253,7 @@ def names_then_expressions() -> tuple[Source, ...]:
 
 
 def scenes_joint() -> Config:
-    """One model that narrates, captions boxes, finds objects, locates phrases: an hour's.
+    """One model that narrates, captions boxes, finds objects, locates phrases.
 
     Only tables with "regions" in their names are described: kinds come with regions of their own.
     """
