@@ -44,7 +44,7 @@ class Options:
     Args:
         parts: which.
         models: whose training step.
-        images: of a batch; the step halves it until it fits.
+        images: of a batch.
         blocks: only so many of the encoders'.
         rounds: calls of each way.
         device: where.
