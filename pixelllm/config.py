@@ -145,7 +145,7 @@ class Source:
     tables: str = "*"  # names of the tables it draws from, a glob
     weight: float = 1.0  # share of the batches, relative to the other sources
     window: tuple[float, float] = (0.0, 1.0)  # part of the training that draws the source
-    batch_size: int | None = None  # images; None is the recipe's
+    batch_size: int | None = None  # images of a step; None is the recipe's
     phrases_per_image: int = 1  # drawn at random in training
     contexts: tuple[str, ...] = ("",)  # drawn at random in training; "{}" is the phrase's own
     in_turn: bool = False  # of PerceptionGPT: phrases are rounds of one conversation, in order

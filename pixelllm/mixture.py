@@ -1,9 +1,10 @@
 """The training stream: batch `step` of a mixture of sources, as a function of seed and step.
 
-Whole batches come from one source (reference, section 7.4). Every source is a random walk
-through its records (`pixelllm.sources`), or several, where they are streamed
-(`pixelllm.streams`): step n then takes the next batch of walk n modulo their number. What is
-saved of them in a checkpoint only spares reading anew what was read before it.
+Whole batches come from one source (reference, section 7.4), and so do the micro batches that an
+optimizer step adds up, whichever process has them. Every source is a random walk through its
+records (`pixelllm.sources`), or several, where they are streamed (`pixelllm.streams`): batch n then
+is the next one of walk n modulo their number. What is saved of them in a checkpoint only spares
+reading anew what was read before it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Mixture(Dataset):
     Args:
         tables: where the records are; every source must occur in one of them.
         sources: with their weights.
-        num_steps: length of the stream.
+        batch_size: images of an optimizer step, where a source does not have its own.
+        accumulate: micro batches of a step; a batch of the stream is one of them.
+        num_steps: optimizer steps; the stream is `accumulate` times as long.
         cache: features of frozen encoders; pixels are decoded only where it is None or the
             model still needs them (`with_images`).
     """
@@ -108,6 +111,7 @@ class Mixture(Dataset):
         batch_size: int,
         num_steps: int,
         seed: int,
+        accumulate: int = 1,
         cache: FeatureCache | None = None,
         with_images: bool = True,
     ) -> None:
@@ -117,9 +121,10 @@ class Mixture(Dataset):
                 f"the sources {scaled} show their images at random scales, so their features "
                 "cannot be cached; leave out the cache or their scale"
             )
+        sizes = (-(-(source.batch_size or batch_size) // accumulate) for source in sources)
         self.sources = [
-            source_records(tables, source, batch_size, seed + number)
-            for number, source in enumerate(sources)
+            source_records(tables, source, size, seed + number)
+            for number, (source, size) in enumerate(zip(sources, sizes, strict=True))
         ]
         self.tokenizer = tokenizer
         self.limits = limits
@@ -127,7 +132,7 @@ class Mixture(Dataset):
         self.seed = seed
         self.cache = cache
         self.with_images = with_images
-        self.picks = draw_sources(sources, num_steps, seed)
+        self.picks = draw_sources(sources, num_steps, seed).repeat(accumulate)
         self.share(1, {})
 
     def share(self, num_readers: int, saved: dict[str, Any]) -> None:

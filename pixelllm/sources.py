@@ -50,7 +50,7 @@ class SourceRecords:
     def __init__(self, tables: Sequence[Table], source: Source, batch_size: int, seed: int) -> None:
         self.tables = tables
         self.source = source
-        self.batch_size = source.batch_size or batch_size
+        self.batch_size = batch_size
         self.seed = seed
         phrases = [table.rows.data.column("phrases") for table in tables]
         found = [records_with_task(column, source.task) for column in phrases]

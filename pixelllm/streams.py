@@ -160,7 +160,7 @@ class StreamedRecords:
     ) -> None:
         self.files = [file for table in tables for file in table.files]
         self.source = source
-        self.batch_size = source.batch_size or batch_size
+        self.batch_size = batch_size
         self.seed = seed
         self.share(1, {})
 

@@ -49,11 +49,10 @@ def tokenizer():
 SOURCES = (Source("narration", weight=2, batch_size=3), Source("caption", weight=1))
 
 
-def mixture(table, tokenizer, sources=SOURCES, num_steps=60, seed=0) -> Mixture:
+def mixture(table, tokenizer, sources=SOURCES, num_steps=60, seed=0, **changes) -> Mixture:
     limits = TextLimits(0, 16, 8)
-    return Mixture(
-        [table], sources, tokenizer, limits, frame=32, batch_size=2, num_steps=num_steps, seed=seed
-    )
+    facts = {"frame": 32, "batch_size": 2, "num_steps": num_steps, "seed": seed} | changes
+    return Mixture([table], sources, tokenizer, limits, **facts)
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -68,6 +67,16 @@ def test_records_of_a_task_are_found(table):
     assert records_with_task(phrases, "caption").tolist() == [0, 3, 6, 9]
     assert records_with_task(phrases, "region").tolist() == []
     assert table.has_task("caption") and not table.has_task("region")
+
+
+def test_micro_batches_of_a_step_share_its_source_and_its_images(table, tokenizer):
+    """Catches processes that wait for one with a dearer source, and sources of another weight."""
+    whole = mixture(table, tokenizer, batch_size=4)
+    parts = mixture(table, tokenizer, batch_size=4, accumulate=2)
+    assert len(parts) == 2 * len(whole)
+    assert parts.picks.tolist() == np.repeat(whole.picks, 2).tolist()
+    assert {len(whole[step]) for step in range(20)} == {3, 4}  # a source's own 3, the recipe's 4
+    assert {len(parts[step]) for step in range(40)} == {2}
 
 
 def test_an_absent_task_is_named_with_the_tables(table):

@@ -68,12 +68,13 @@ def build_stage(
         "tokenizer": tokenizer,
         "limits": text_limits(config, model),
         "frame": config.model.frame,
-        "batch_size": train.batch_size // train.accumulate,
+        "batch_size": train.batch_size,
+        "accumulate": train.accumulate,
         "seed": train.seed,
         "cache": cache,
         "with_images": cache is None or not (model.sam.is_frozen and model.eva02.is_frozen),
     }
-    batches = Mixture(tables, config.sources, num_steps=train.steps * train.accumulate, **facts)
+    batches = Mixture(tables, config.sources, num_steps=train.steps, **facts)
     val_batches = [
         Mixture(val, [source], num_steps=train.eval_batches, **facts)
         for source in scored_sources(config.sources, val)

@@ -66,7 +66,7 @@ class ChatMixture(Mixture):
         config: of the recipe, whose conversations these are.
         num_patches: visual tokens of an image.
         sources: instead of the recipe's.
-        num_steps: length of the stream.
+        num_steps: optimizer steps in it.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class ChatMixture(Mixture):
             tokenizer,
             TextLimits(0, config.max_tokens, 0),
             frame=config.model.frame,
-            batch_size=train.batch_size // train.accumulate,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
             num_steps=num_steps,
             seed=train.seed,
         )
@@ -130,8 +131,7 @@ def build_stage(
         recompute_blocks(model)
     facts = (tokenizer, config, model.clip.num_tokens(config.model.frame))
     train = config.train
-    num_steps = train.steps * train.accumulate
-    batches = ChatMixture(tables, *facts, sources=config.sources, num_steps=num_steps)
+    batches = ChatMixture(tables, *facts, sources=config.sources, num_steps=train.steps)
     scored = scored_sources(config.sources, val)
     val_batches = [
         ChatMixture(val, *facts, sources=(source,), num_steps=train.eval_batches)
