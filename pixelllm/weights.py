@@ -105,6 +105,24 @@ def pretrained_source(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
 
 
+def extra_gguf_tensors(path: str | Path, model: nn.Module) -> list[str]:
+    """Names of the tensors of a GGUF file that none of the model's weights is read from.
+
+    The reader in `transformers` passes over them. Factors of rotary positions follow from the
+    configuration, and merged experts are taken apart by that reader; neither is listed.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    name_map = get_tensor_name_map(numbers[architecture], model.config.num_hidden_layers)
+    keys = {*model.state_dict(), *model.base_model.state_dict()}
+    wanted = {name_map.get_name(key, try_suffixes=(".weight", ".bias")) for key in keys}
+    names = [tensor.name for tensor in reader.tensors if tensor.name not in wanted]
+    return [name for name in names if not name.startswith("rope_") and "_exps" not in name]
+
+
 def _packaged_file(name: str) -> Path:
     package, _, file = name.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package)  # does not import it

@@ -16,10 +16,12 @@ gguf = pytest.importorskip("gguf")
 D, FF, LETTERS = 32, 64, "abcdefghijklmnopqrstuvwxyzĠ"
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of one layer whose matrices are held in blocks of 8 bits."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+def write_model(path: Path, changes: dict[str, tuple[int, ...] | None] | None = None) -> Path:
+    """A llama of one layer whose matrices are held in blocks of 8 bits.
+
+    Args:
+        changes: matrices of other shapes, or None for none.
+    """
     tokens = ["<unk>", "<s>", "</s>", *LETTERS, "ab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -42,17 +44,25 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     matrices = {"token_embd": (len(tokens), D), "output": (len(tokens), D)}
     matrices |= {f"blk.0.attn_{name}": (D, D) for name in ("q", "k", "v", "output")}
     matrices |= {"blk.0.ffn_gate": (FF, D), "blk.0.ffn_up": (FF, D), "blk.0.ffn_down": (D, FF)}
-    for name, shape in matrices.items():
+    for name, shape in (matrices | (changes or {})).items():
+        if shape is None:
+            continue
         kind = gguf.GGMLQuantizationType.Q8_0
         value = gguf.quants.quantize(generator.normal(size=shape).astype(np.float32), kind)
         writer.add_tensor(f"{name}.weight", value, raw_dtype=kind)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))
+    writer.add_tensor("rope_freqs.weight", np.ones(D // 4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 def test_a_gguf_file_equals_transformers_own_forward_and_takes_lora(file: Path):
@@ -76,6 +86,22 @@ def test_a_gguf_file_brings_its_tokenizer(file: Path):
     tokenizer = load_tokenizer(str(file))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc").input_ids)[-2:] == ["ab", "c"]
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path):
+    """Catches tensors that the reader passes over, and weights that stay random."""
+    changes = {
+        "blk.0.ffn_up": None,
+        "blk.0.attn_k": (D // 2, D),
+        "blk.1.attn_q": (D, D),
+        "blk.0.attn_sinks": (D, D),
+    }
+    with pytest.raises(ValueError, match="odd.gguf") as error:
+        load_trunk(write_model(tmp_path / "odd.gguf", changes))
+    message = str(error.value)
+    assert "missing model.layers.0.mlp.up_proj.weight\n" in message
+    assert "unexpected blk.1.attn_q.weight; unexpected blk.0.attn_sinks.weight\n" in message
+    assert "model.layers.0.self_attn.k_proj.weight is (16, 32), expected (32, 32)" in message
 
 
 def test_a_damaged_gguf_file_is_named(file: Path, tmp_path: Path):

@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pixelllm.models.roomy_cache import roomy_cache
 from pixelllm.models.trunk import Generation, Language, Prompt, join
-from pixelllm.weights import pretrained_source, refuse_misfits
+from pixelllm.weights import extra_gguf_tensors, pretrained_source, refuse_misfits
 
 # The official code adds this to masked attention scores. Unlike -inf it makes a row without any
 # valid key an average over all keys.
@@ -269,8 +269,10 @@ def load_trunk(
     except (SafetensorError, struct.error, ValueError, LookupError) as error:
         raise ValueError(f"{name_or_path}: not a readable language model: {error}") from error
     odd = [(key, *map(tuple, shapes)) for key, *shapes in sorted(found["mismatched_keys"])]
-    kinds = (sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), odd)
-    refuse_misfits(str(name_or_path), *kinds)
+    extra = sorted(found["unexpected_keys"])
+    if "gguf_file" in options:
+        extra += extra_gguf_tensors(Path(source, options["gguf_file"]), model)
+    refuse_misfits(str(name_or_path), sorted(found["missing_keys"]), extra, odd)
     wrapper = EncoderDecoderLanguage if config.is_encoder_decoder else DecoderOnlyLanguage
     return wrapper(model)
 
