@@ -112,14 +112,16 @@ class Options:
     Args:
         images: folder of the images, or the one that holds VG_100K and VG_100K_2.
         split: train, val or test of densecap_splits.json.
-        drop_leaks: tables or annotation files with COCO images; those that a split other than
-            train holds are counted and left out. Needs image_data.json, which knows their numbers.
+        leaks: tables or annotation files with COCO images; count those that a split of theirs
+            other than train holds. Needs image_data.json, which knows their numbers.
+        drop_leaks: the same, and leave those images out.
         skip_missing: drop and count images whose file is missing.
         expressions: every region is also an expression, its phrase, to locate.
     """
 
     images: Path
     split: str | None = None
+    leaks: tuple[Path, ...] = ()
     drop_leaks: tuple[Path, ...] = ()
     skip_missing: bool = False
     expressions: bool = False
@@ -132,11 +134,11 @@ def read_records(corpus: Corpus, options: Options, report: dict[str, Any]) -> It
     """
     wanted = corpus.images_of(options.split)
     report["split"] = options.split
-    leaks = Leaks((), options.drop_leaks, report)
+    leaks = Leaks(options.leaks, options.drop_leaks, report)
     for name, image, regions in corpus.entries():
         if wanted is not None and image["id"] not in wanted:
             continue
-        if options.drop_leaks and "coco_id" not in image:
+        if report["leaks"] and "coco_id" not in image:
             raise ValueError(f"{name}: no coco_id to find leaks by; give image_data.json as well")
         if leaks.drops(image.get("coco_id")):
             continue

@@ -251,6 +251,23 @@ def test_hundreds_of_expressions_are_located(tiny_joint, images, tmp_path, capsy
     assert [result["text"] for result in printed_json(capsys)] == texts
 
 
+def test_hundreds_of_boxes_are_captioned(tiny_run, images, capsys):
+    boxes = [("0.1", f"{0.002 * n:.3f}", "0.9", "0.95") for n in range(300)]
+    given = [text for box in boxes for text in ("--box", *box)]
+    caption(tiny_run, images[0], *given, "--json")
+    found = [result["prompt_box"] for result in printed_json(capsys)]
+    assert found == [[float(edge) for edge in box] for box in boxes]
+
+
+def test_locate_says_what_it_sees_there(tiny_joint, images, capsys):
+    """What tells an expression that fits nothing: the box's caption in the model's own words."""
+    locate(tiny_joint, images[0], "the red circle", "--caption", "--json")
+    (result,) = printed_json(capsys)
+    assert isinstance(result["caption"], str)
+    locate(tiny_joint, images[0], "the red circle", "--caption")
+    assert f"  seen: {result['caption']}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from conftest import Tables, joint_tables, make_tiny_joint_config, short_training
 from safetensors.torch import load_file
+from test_survive import no_file_above
 from test_training import Numbers, assert_same, newest, stop_after, toy_stage
 from torch import nn
 
@@ -97,7 +99,7 @@ def team() -> Iterator[Team]:
 def make_config(**changes: Any) -> Config:
     """Two tasks, one of which alone segments; LoRA; frozen parts; batch norms; all that is random.
 
-    Half of a step's micro batches reach the mask head: on 4 processes, some never do in a step.
+    Some of the steps reach the mask head.
     """
     config = make_tiny_joint_config()
     model = replace(
@@ -231,6 +233,29 @@ def test_a_checkpoint_converts_to_the_model_of_its_run(runs: Path, tmp_path: Pat
     before = load_file(runs / "1" / "model.safetensors")
     after = load_file(tmp_path / "1" / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def resume_on_a_full_disk(processes: Processes, *args: Any) -> str:
+    """What ends a run whose last process cannot write its shard."""
+    with nullcontext() if processes.is_first else no_file_above(4096):
+        try:
+            train_model(processes, *args, resume=True)
+        except (OSError, PeerFailed) as error:
+            return str(error)
+    return "none"
+
+
+def test_a_disk_too_full_for_one_shard_keeps_the_last_checkpoint(
+    team: Team, runs: Path, tiny_tables: Tables, tmp_path: Path
+):
+    out = begin_at(2, runs / "sharded", tmp_path / "run")
+    args = (make_config(), tiny_tables, out)
+    first, second = team.run(2, resume_on_a_full_disk, *args, sharded=True)
+    assert "step-00000004 could not be written" in second and "File too large" in second
+    assert "make room and go on with --resume" in second and first == f"process 1: {second}"
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    team.run(2, train_model, *args, True, sharded=True)
+    assert_near(out, runs / "1")
 
 
 def test_what_cannot_be_converted_is_named(runs: Path, tmp_path: Path):

@@ -151,6 +151,8 @@ def test_images_that_coco_holds_out_are_left_out(tmp_path: Path, images: Path):
     report = convert(files, Options(images, drop_leaks=(tmp_path / "val",)), tmp_path / "table")
     assert [r.id for r in Table(tmp_path / "table")] == ["VG_100K_2/2"]
     assert list(report["leaks"].values()) == [1] and report["dropped"]["leaked image"] == 1
+    report = convert(files, Options(images, leaks=(tmp_path / "val",)), tmp_path / "counted")
+    assert list(report["leaks"].values()) == [1] and len(Table(tmp_path / "counted")) == 2
     image_data = next(file for file in files if file.name == "image_data.json")
     content = {
         "images": [{"id": n, "file_name": f"{n}.jpg", "height": 40, "width": 60} for n in (1, 2)],
