@@ -228,7 +228,6 @@ REGIONS = Source(
 # scenes-small has learnt them before its narrations alone.
 PHRASES = Source(
     "region",
-    weight=1.5,
     phrases_per_image=3,
     contexts=(REGION_CONTEXT,),
     point_weight=0.0,
@@ -236,7 +235,7 @@ PHRASES = Source(
 
 
 def names_then_expressions() -> tuple[Source, ...]:
-    """Kinds alone for a quarter of the training, then expressions, at half of it attributes too.
+    """Kinds alone for a fifth of the training, then expressions, at half of it attributes too.
 
     What a kind, a colour or a size is called decides too rarely in expressions to be learnt from
     them, hence kinds alone (`data.coco --expressions supercategory`), and colours and sizes
@@ -248,7 +247,7 @@ def names_then_expressions() -> tuple[Source, ...]:
         replace(EXPRESSIONS, tables="*kinds*", weight=2.5),
         replace(EXPRESSIONS, tables="*attributes*", weight=1.5, window=(0.5, 1.0)),
         # The last source of a task is the one that validation scores.
-        replace(EXPRESSIONS, tables="*referring*", weight=8, window=(0.25, 1.0)),
+        replace(EXPRESSIONS, tables="*referring*", weight=8, window=(0.2, 1.0)),
     )
 
 
@@ -271,8 +270,9 @@ def scenes_joint() -> Config:
         ),
         train=replace(
             small.train,
-            steps=4700,
+            steps=6500,
             lr=8e-4,
+            eval_every=2000,
             frozen=(*small.train.frozen, "mask_head"),
         ),
         max_context=32,
@@ -281,7 +281,7 @@ def scenes_joint() -> Config:
 
 def scenes_joint_refseg() -> Config:
     """The masks of scenes-joint."""
-    return masks_alone(scenes_joint(), start="runs/joint", steps=700)
+    return masks_alone(scenes_joint(), start="runs/joint", steps=350)
 
 
 def scenes_joint_long() -> Config:
@@ -292,7 +292,7 @@ def scenes_joint_long() -> Config:
         name="scenes-joint-long",
         start=replace(joint.start, run="runs/joint"),
         sources=tuple(replace(source, window=(0.0, 1.0)) for source in joint.sources),
-        train=replace(joint.train, steps=14_000),
+        train=replace(joint.train, steps=15_000),
     )
 
 
