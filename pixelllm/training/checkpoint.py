@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from torch.optim import Optimizer
 
 from pixelllm.checkpoints import WEIGHTS_FILE, own_tensors, write_tensors
 from pixelllm.files import written_whole
-from pixelllm.training.parallel import ALONE, Processes
+from pixelllm.training.parallel import ALONE, PeerFailed, Processes
 from pixelllm.weights import read_weights, require_fit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -108,8 +110,8 @@ class CheckpointFolder:
         is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
         try:
             if is_sharded:
-                self._write_shards(tensors, shards)
-            with self.processes.together():
+                self._write_shards(step, tensors, shards)
+            with self.processes.together(), self._explained(step):
                 if self.processes.is_first:
                     with written_whole(self.path(step)) as beside:
                         if is_sharded:
@@ -122,20 +124,27 @@ class CheckpointFolder:
                         facts["files"] = len(list(beside.glob("*.safetensors")))
                         (beside / STATE_FILE).write_text(json.dumps(facts))
                     self._remove_old()
-        except OSError as error:
+        except (OSError, PeerFailed):
             if self.processes.is_first:
                 shutil.rmtree(shards, ignore_errors=True)  # they hold the room that is missing
+            raise
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise OSError(
                 f"{self.path(step)} could not be written ({error}); checkpoints before it are "
                 "intact: make room and go on with --resume"
             ) from error
 
-    def _write_shards(self, tensors: dict[str, Tensor], folder: Path) -> None:
+    def _write_shards(self, step: int, tensors: dict[str, Tensor], folder: Path) -> None:
         """Every process writes a file of what it holds."""
         with self.processes.together():
             if self.processes.is_first:
                 shutil.rmtree(folder, ignore_errors=True)  # of processes that were killed
-        with self.processes.together():
+        with self.processes.together(), self._explained(step):
             try:
                 writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer)
