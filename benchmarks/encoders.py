@@ -11,7 +11,8 @@ for each multiply-accumulate of what the model is defined by: projections and ML
 queries of real cells with real keys and their values, patch embedding and neck. What padding,
 biases, norms, activations, softmax and relative positions cost counts as nothing. Times are
 processor seconds, the median of the rounds, with the least and the most. Parts are those of one
-profiled pass of ours; operations that are not listed are the rest.
+profiled pass of ours; operations that are not listed are the rest. Convolutions run once more on
+their own inputs, as these lie in memory, with channels first and with channels last.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ def compare(subject: Subject, size: int, rounds: int, dtype: torch.dtype) -> Non
         share = subject.operations / middle / peak
         print(f"  {name:6}{middle:8.3f} s {spread:>18}  {share:6.1%} of the peak", flush=True)
     print_parts(calls["ours"])
+    print_layouts(ours, image, median(seconds["ours"]), rounds)
 
 
 def print_parts(call: Callable[[], object]) -> None:
@@ -151,6 +153,38 @@ def print_parts(call: Callable[[], object]) -> None:
     }
     shares["rest"] = 1 - sum(shares.values())
     print("  ours by part: " + ", ".join(f"{name} {x:.1%}" for name, x in shares.items()))
+
+
+def convolutions_of(model: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, Tensor]]:
+    """The convolutions of a pass with what they read."""
+    found, hooks = [], []
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d):
+            hooks.append(part.register_forward_pre_hook(lambda m, x: found.append((m, x[0]))))
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def print_layouts(model: nn.Module, image: Tensor, whole: float, rounds: int) -> None:
+    """What the convolutions take in each layout, as shares of a pass."""
+    found = convolutions_of(model, image)
+    layouts = {
+        "as they come": (torch.preserve_format, torch.contiguous_format),  # inputs, weights
+        "channels first": (torch.contiguous_format, torch.contiguous_format),
+        "channels last": (torch.channels_last, torch.channels_last),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in layouts}
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, (of_inputs, of_weights) in layouts.items():
+            spent = 0.0
+            for convolution, x in found:
+                convolution.to(memory_format=of_weights)
+                spent += seconds_of(partial(convolution, x.clone(memory_format=of_inputs)))
+            seconds[name].append(spent)
+    shares = (f"{name} {median(spent[1:]) / whole:.2%}" for name, spent in seconds.items())
+    print("  convolutions: " + ", ".join(shares))
 
 
 def main(arguments: argparse.Namespace) -> None:
