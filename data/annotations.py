@@ -194,10 +194,15 @@ def clean_text(text: Any, name: str) -> str:
     return " ".join(text.split())
 
 
+def are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of so many numbers."""
+    is_list = isinstance(values, list) and len(values) == count
+    return is_list and all(isinstance(value, int | float) for value in values)
+
+
 def clip_box(box_px: Any, name: str, size: Size) -> Box | None:
     """[x, y, width, height] as xyxy in [0, 1], clipped to the image; None if nothing is left."""
-    numbers = isinstance(box_px, list) and all(isinstance(value, int | float) for value in box_px)
-    if not numbers or len(box_px) != 4:
+    if not are_numbers(box_px, 4):
         raise ValueError(f"{name}: bbox is not [x, y, width, height] but {box_px!r}")
     x, y, width, height = box_px
     x0, x1 = (min(max(value / size[1], 0.0), 1.0) for value in (x, x + width))

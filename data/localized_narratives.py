@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,13 +21,12 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from data.processes import ordered_map
 from pixelllm.alignment import rank_pieces, text_pieces
 from pixelllm.records import Phrase, Record
 from pixelllm.shards import unfinished_shards, write_shards
 from pixelllm.tables import write_table
 
-CHUNK = 32  # narratives per task of a process; bounds the memory with PENDING
-PENDING = 8  # tasks per process in flight
 FIELDS = ("dataset_id", "image_id", "annotator_id", "caption", "timed_caption", "traces")
 
 
@@ -204,10 +201,7 @@ def read_records(
     `report` is added to while they are taken. Phrase ids end in "#n", the running number of the
     narratives of one image and annotator; `seen` counts them.
     """
-    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
-    for outcome in chain.from_iterable(
-        _ordered_map(partial(_read_chunk, options=options), chunks, num_proc)
-    ):
+    for outcome in ordered_map(partial(read_record, options=options), lines, num_proc):
         report["read"] += 1
         if isinstance(outcome, str):
             report["dropped"][outcome] = report["dropped"].get(outcome, 0) + 1
@@ -220,21 +214,6 @@ def read_records(
         numbered = replace(phrase, id=f"{phrase.id}#{seen[phrase.id]}")
         seen[phrase.id] += 1
         yield replace(outcome, phrases=(numbered,))
-
-
-def _read_chunk(lines: list[Line], options: Options) -> list[Record | str]:
-    return [read_record(line, options) for line in lines]
-
-
-def _ordered_map(function: Callable, items: Iterator, num_proc: int) -> Iterator:
-    """`map` over processes that holds few items at a time; theirs takes them all at once."""
-    if num_proc == 1:
-        yield from map(function, items)
-        return
-    context = multiprocessing.get_context("spawn")  # safe beside threads
-    with ProcessPoolExecutor(num_proc, mp_context=context) as pool:
-        while some := list(islice(items, PENDING * num_proc)):
-            yield from pool.map(function, some)
 
 
 def convert(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    are_numbers,
     by_listed_image,
     check_coco,
     check_entries,
@@ -204,18 +205,13 @@ def _solution_referents(file: Path, content: list[Any]) -> Iterator[Referent]:
     check_entries(str(file), content, ("image", "normal_caption", "solution"))
     for number, entry in enumerate(content):
         name, corners = f"{file}: entry {number}", entry["solution"]
-        if corners is not None and not _are_numbers(corners, 4):
+        if corners is not None and not are_numbers(corners, 4):
             raise ValueError(f"{name}: solution is not [x0, y0, x1, y1] but {corners!r}")
         x0, y0, x1, y1 = corners or (0,) * 4
         target = {"bbox": corners and [x0, y0, x1 - x0, y1 - y0]}
         expressions = [(number, entry["normal_caption"])]
         image = check_name(entry["image"], name)
         yield Referent(name, None, "coco", image, entry, expressions, target)
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    is_list = isinstance(values, list) and len(values) == count
-    return is_list and all(isinstance(value, int | float) for value in values)
 
 
 def choose_split(referents: list[Referent], split: str | None) -> list[Referent]:

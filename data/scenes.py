@@ -12,11 +12,10 @@ on the seed, the split, i and the world, on nothing else.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from data.processes import ordered_map
 from data.scene_answers import pointing_answers
 from data.scene_captions import grounded_captions
 from data.scene_expressions import expressions, follow_ups, questions, region_phrase
@@ -170,16 +170,8 @@ def _entries(options: Options, folder: Path) -> Iterator[Entries]:
             continue
         (folder / split).mkdir()
         work = partial(_write_example, options, folder, split)
-        yield from tqdm(_in_processes(work, count, options.num_proc), f"{split} scenes", count)
-
-
-def _in_processes(work: Callable[[int], Entries], count: int, num_proc: int) -> Iterator[Entries]:
-    if num_proc == 1:
-        yield from map(work, range(count))
-        return
-    context = multiprocessing.get_context("spawn")  # safe beside threads
-    with context.Pool(num_proc) as pool:
-        yield from pool.imap(work, range(count), chunksize=16)
+        examples = ordered_map(work, iter(range(count)), options.num_proc)
+        yield from tqdm(examples, f"{split} scenes", count)
 
 
 def _is_complete(options: Options) -> bool:

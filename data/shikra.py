@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    are_numbers,
     check_entries,
     check_name,
     clean_text,
@@ -114,7 +115,8 @@ def _phrases(places: list[Place], report: dict[str, Any], size: Size) -> Iterato
             drop(report, "empty question or answer")
             continue
         meant = entry["answer_boxes_seq"]
-        if not isinstance(meant, list) or len(meant) != len(spans):
+        whole = isinstance(meant, list) and all(isinstance(numbers, list) for numbers in meant)
+        if not whole or len(meant) != len(spans):
             raise ValueError(f"{name}: {len(spans)} phrases, but answer_boxes_seq is {meant!r:.60}")
         pieces = [
             Piece(start, end, None, box)
@@ -130,7 +132,7 @@ def _box(boxes: Any, number: Any, name: str, size: Size) -> Box | None:
     if not isinstance(number, int) or not isinstance(boxes, list) or not 0 <= number < len(boxes):
         raise ValueError(f"{name}: there is no box {number!r}")
     corners = boxes[number]
-    if not isinstance(corners, list) or len(corners) != 4:
+    if not are_numbers(corners, 4):
         raise ValueError(f"{name}: box {number} is not [x0, y0, x1, y1] but {corners!r:.60}")
     x0, y0, x1, y1 = corners
     return clip_box([x0, y0, x1 - x0, y1 - y0], f"{name}: box {number}", size)

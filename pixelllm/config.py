@@ -86,6 +86,11 @@ class LanguageConfig:
     vocab_size: int = 32128  # upper bound where a tokenizer is trained
     tied: bool = True  # of a llama: words are read and written by one matrix
 
+    def __post_init__(self) -> None:
+        if self.trunk is None and self.architecture == "git" and self.lora_rank:
+            whole = "the git decoder learns whole; leave it 0"
+            raise ValueError(f"model.language.lora_rank is {self.lora_rank}, but {whole}")
+
 
 @dataclass(frozen=True)
 class PointConfig:

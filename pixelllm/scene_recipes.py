@@ -292,13 +292,13 @@ def scenes_joint_long() -> Config:
         name="scenes-joint-long",
         start=replace(joint.start, run="runs/joint"),
         sources=tuple(replace(source, window=(0.0, 1.0)) for source in joint.sources),
-        train=replace(joint.train, steps=15_000),
+        train=replace(joint.train, steps=13_000),
     )
 
 
 def scenes_joint_long_refseg() -> Config:
     """The masks of scenes-joint-long."""
-    return masks_alone(scenes_joint_long(), start="runs/joint-long")
+    return masks_alone(scenes_joint_long(), start="runs/joint-long", steps=1200)
 
 
 def scenes_ref() -> Config:

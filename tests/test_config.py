@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from pixelllm.config import ModelConfig, TrainConfig
+from pixelllm.config import LanguageConfig, ModelConfig, TrainConfig
 
 
 def test_a_frame_must_be_whole_patches():
@@ -23,6 +23,11 @@ def test_a_batch_must_split_into_its_accumulation_steps():
 def test_counts_are_at_least_one(name):
     with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
         TrainConfig(**{name: 0})
+
+
+def test_the_git_decoder_has_no_lora():
+    with pytest.raises(ValueError, match="model.language.lora_rank is 8, but the git decoder"):
+        LanguageConfig(trunk=None, architecture="git", lora_rank=8)
 
 
 def test_configurations_do_not_change(tiny_config):

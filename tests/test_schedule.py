@@ -25,3 +25,9 @@ def test_rate_is_zero_at_the_start_of_a_warmup_and_full_at_its_end():
     assert learning_rate(0, 3e-4, warmup=10, total=100) == 0
     assert learning_rate(10, 3e-4, warmup=10, total=100) == pytest.approx(3e-4)
     assert learning_rate(55, 3e-4, warmup=10, total=100) == pytest.approx(1.5e-4)
+
+
+@pytest.mark.parametrize("total", [50, 99, 100])
+def test_a_run_that_ends_within_its_warmup_only_warms_up(total):
+    rates = [learning_rate(step, 1.0, warmup=100, total=total) for step in range(total)]
+    assert rates == pytest.approx([step / 100 for step in range(total)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -35,6 +36,7 @@ from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
 from pixelllm.training.loader import loader
 from pixelllm.training.loop import NonFiniteLoss, Stage, accumulate_gradients, train
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
+from pixelllm.training.parallel import Processes
 from pixelllm.training.signals import StopRequest
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +180,21 @@ def test_sigterm_also_leaves_a_checkpoint(tmp_path: Path):
     assert stop.value.code == 143
     assert CheckpointFolder(tmp_path / "checkpoints", 2).steps()[-1] == 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_processes_exchange_theirs_is_not_lost(tmp_path: Path):
+    class Exchanging(Processes):
+        def gather(self, value):
+            sent = copy.copy(value)
+            if value == []:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [sent]
+
+    config = short_training(9)
+    with pytest.raises(StopRequest, match="stopped after step 2") as stop:
+        train(toy_stage(config), config, tmp_path, resume=False, processes=Exchanging())
+    assert stop.value.code == 143
+    assert CheckpointFolder(tmp_path / "checkpoints", 2).steps()[-1] == 2
 
 
 def test_resuming_a_finished_run_only_exports(tmp_path: Path):

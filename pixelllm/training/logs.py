@@ -44,7 +44,7 @@ class RunLog:
         self._images = 0
         self._since = time.monotonic()
 
-    def step(self, step: int, terms: dict[str, float], num_images: int) -> None:
+    def step(self, terms: dict[str, float], num_images: int) -> None:
         """Take the loss terms of a finished step."""
         if not self.writes:
             return

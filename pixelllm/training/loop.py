@@ -35,7 +35,7 @@ from pixelllm.training.parallel import (
     gather_weights,
 )
 from pixelllm.training.schedule import learning_rate
-from pixelllm.training.signals import StopRequest
+from pixelllm.training.signals import StopRequest, stop_signals
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def train(
     streams = state.loader
     batches = loader(stage.batches, step, config, processes.rank, processes.count, streams)
     stage.model.train()
-    stopping = StopRequest.on_signals(at_once_again=processes.count == 1)
-    with named_deaths(config.workers), log, stopping as stop:
+    stopping = stop_signals(at_once_again=processes.count == 1)
+    with named_deaths(config.workers), log, stopping as came:
         while step < config.steps:
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
             set_learning_rate(optimizer, lr)
@@ -103,17 +103,18 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            log.step(step, terms, num_images)
+            log.step(terms, num_images)
             if step % config.log_every == 0:
                 log.write(step, lr=lr, grad_norm=grad_norm)
             if step % config.eval_every == 0 or step == config.steps:
                 state.scores = processes.gather(validate(stage, config, device))[0]
                 log.write(step, **{f"val_{name}": score for name, score in state.scores.items()})
-            stop.signal = next(filter(None, processes.gather(stop.signal)), None)
-            if step % config.save_every == 0 or step == config.steps or stop.requested:
+            asked = [number for signals in processes.gather(came) for number in signals]
+            if step % config.save_every == 0 or step == config.steps or asked:
                 state.loader = merged(streams, processes.gather(batches.state_dict()))
                 checkpoints.save(step, state)
-            stop.raise_if_requested(out, step)
+            if asked:
+                raise StopRequest(asked[0], out, step)
     gather_weights(stage.model, processes)
     with processes.together():
         if processes.is_first:

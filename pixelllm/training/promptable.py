@@ -101,11 +101,8 @@ def build_stage(
         return {"focal": terms.focal, "dice": terms.dice, "iou": terms.iou}
 
     def validate() -> dict[str, float]:
-        return {
-            "error": 1 - mean_iou(True) / 2 - mean_iou(False) / 2,
-            "iou_box": mean_iou(True),
-            "iou_point": mean_iou(False),
-        }
+        box, point = mean_iou(True), mean_iou(False)
+        return {"error": 1 - (box + point) / 2, "iou_box": box, "iou_point": point}
 
     def mean_iou(by_box: bool) -> float:
         total = count = 0.0

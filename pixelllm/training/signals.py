@@ -9,51 +9,34 @@ from pathlib import Path
 
 
 class StopRequest(Exception):
-    """Training was asked to stop; `code` is the exit status a shell expects."""
+    """Training was asked to stop by a signal; `code` is the exit status a shell expects."""
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+    def __init__(self, number: int, out: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}; go on with --resume --out {out}")
+        self.code = 128 + number
 
-    class Flag:
-        """Set by the signal handler, read by the loop."""
 
-        def __init__(self) -> None:
-            self.signal: int | None = None
+@contextmanager
+def stop_signals(at_once_again: bool = True) -> Iterator[list[int]]:
+    """The numbers of the SIGINTs and SIGTERMs that came so far, in a list that grows.
 
-        @property
-        def requested(self) -> bool:
-            return self.signal is not None
+    Args:
+        at_once_again: a second one ends the process at once. Not under torchrun, which may
+            pass on what the process was sent already, and kills what takes too long.
+    """
+    came: list[int] = []
 
-        def raise_if_requested(self, out: Path, step: int) -> None:
-            if self.signal is not None:
-                raise StopRequest(
-                    f"stopped after step {step}; go on with --resume --out {out}",
-                    128 + self.signal,
-                )
+    def handle(number: int, _frame: object) -> None:
+        if came and at_once_again:
+            raise KeyboardInterrupt
+        came.append(number)
 
-    @staticmethod
-    @contextmanager
-    def on_signals(at_once_again: bool = True) -> Iterator[Flag]:
-        """Turn SIGINT and SIGTERM into a flag.
-
-        Args:
-            at_once_again: a second one ends the process at once. Not under torchrun, which may
-                pass on what the process was sent already, and kills what takes too long.
-        """
-        flag = StopRequest.Flag()
-
-        def handle(number: int, _frame: object) -> None:
-            if flag.requested and at_once_again:
-                raise KeyboardInterrupt
-            flag.signal = number
-
-        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield flag
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def ignore_interrupts(_worker: int) -> None:
