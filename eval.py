@@ -57,7 +57,7 @@ class Options:
         in_turn: the questions about an image are rounds of one conversation.
         snap: locate expressions at the detected box that fits best.
         truth: what the images show, by image id; found beside the annotations of scenes.
-        out: where to write; RUN/eval by default.
+        out: where to write; by default RUN/eval, of a Hub id eval/NAME.
         device: auto, cpu, cuda or mps.
         dtype: hold image encoders and language trunk in this precision; as the run says by default.
         int8: hold the trunk's weights in 8 bits (needs torchao).
@@ -89,9 +89,11 @@ class Options:
 
 def evaluate(options: Options) -> None:
     model = load_any_model(str(options.run), options.device, options.dtype, options.int8)
+    is_local = options.run.is_dir()
+    out = options.out or (options.run / "eval" if is_local else Path("eval") / options.run.name)
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
     found = score(options, model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    out = options.out or options.run / "eval"
     found.write(out, options.task, {**config, "recipe": model.config.name})
     found.print_table(options.task)
 
@@ -134,6 +136,8 @@ def check_task(options: Options, model: PixelLLM | PerceptionGPT) -> None:
         raise ValueError(f"--task {options.task} needs METEOR: {reason}")
     if options.in_turn and options.task != "vqa":
         raise ValueError(f"--in-turn is for --task vqa, not {options.task!r}")
+    if options.snap and options.task not in ("referring", "segmentation"):
+        raise ValueError(f"--snap is for referring and segmentation, not {options.task!r}")
     if options.snap and is_perception:
         raise ValueError(f"--snap: {options.run} is a PerceptionGPT, which has no detector")
 

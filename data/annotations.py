@@ -72,6 +72,9 @@ def check_entries(place: str, entries: Any, keys: Iterable[str]) -> None:
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise ValueError(f"{place}[{number}] has no {', '.join(missing)}")
+        for key in keys:
+            if key.endswith("id") and isinstance(entry[key], list | dict):
+                raise ValueError(f"{place}[{number}]: {key} is not a number but {entry[key]!r:.60}")
 
 
 def check_coco(file: Path, content: Any) -> dict[str, Any]:
@@ -84,6 +87,15 @@ def check_coco(file: Path, content: Any) -> dict[str, Any]:
     for image in content["images"]:
         check_name(image["file_name"], f"{file}: image {image['id']}")
     return content
+
+
+def add_images(images: dict[Any, dict[str, Any]], file: Path, content: dict[str, Any]) -> None:
+    """Add a file's images to those of other files by id. Raises ValueError where ids mean two."""
+    for image in content["images"]:
+        other = images.setdefault(image["id"], image)["file_name"]
+        if image["file_name"] != other:
+            both = f"{image['file_name']} here and {other} in a file before"
+            raise ValueError(f"{file}: image {image['id']} is {both}; make a table of each")
 
 
 def by_listed_image(file: Path, content: dict[str, Any]) -> dict[Any, list[dict[str, Any]]]:

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    add_images,
     check_coco,
+    check_entries,
     clean_text,
     clip_box,
     drop,
@@ -56,12 +58,17 @@ def load_annotations(files: list[Path], expressions: Naming | None = None) -> An
     images, by_image, categories, called = {}, defaultdict(list), {}, {}
     for file in files:
         content = check_coco(file, load_json(file))
-        images.update({image["id"]: image for image in content["images"]})
+        add_images(images, file, content)
         for entry in _categories(content, file):
-            categories[entry["id"]] = entry["name"]
+            if categories.setdefault(entry["id"], entry["name"]) != entry["name"]:
+                both = f"{entry['name']!r} here and {categories[entry['id']]!r} in a file before"
+                raise ValueError(f"{file}: category {entry['id']} is {both}; make a table of each")
             if expressions:
                 called[entry["id"]] = _called(entry, expressions, file)
         for annotation in content["annotations"]:
+            if isinstance(annotation.get("category_id"), list | dict):
+                name, category = annotation["id"], annotation["category_id"]
+                raise ValueError(f"{file.name}: annotation {name}: category {category!r:.60}")
             by_image[annotation["image_id"]].append((file.name, annotation))
     for image_id, found in by_image.items():
         if image_id not in images:
@@ -74,11 +81,10 @@ def load_annotations(files: list[Path], expressions: Naming | None = None) -> An
 def _categories(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     """Raises ValueError naming the category that has no id or name."""
     entries = content.get("categories") or []
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: categories are no list but {entries!r:.60}")
+    check_entries(f"{file}: categories", entries, ("id", "name"))
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not {"id", "name"} <= entry.keys():
-            raise ValueError(f"{file}: categories[{number}] has no id and name: {entry!r:.60}")
+        if not isinstance(entry["name"], str):
+            raise ValueError(f"{file}: categories[{number}]: no name but {entry['name']!r:.60}")
     return entries
 
 
@@ -141,13 +147,14 @@ def _phrase(
         return Phrase(f"caption/{annotation['id']}", "caption", caption)
     if annotation.get("iscrowd"):
         return drop(report, "crowd")
-    if annotation.get("category_id") not in categories:
-        raise ValueError(f"{name}: category {annotation.get('category_id')} is not in the file")
+    number = annotation.get("category_id")
+    if number not in categories:
+        raise ValueError(f"{name}: category {number} is not in the file")
     box = clip_box(annotation.get("bbox"), name, size)
     if box is None:
         return drop(report, "empty box")
     mask = encode_mask(annotation.get("segmentation"), name, size)
-    category = categories[annotation["category_id"]]
+    category = categories[number]
     return Phrase(
         f"region/{annotation['id']}", "region", category, prompt_box=box, target_box=box, mask=mask
     )

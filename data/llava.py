@@ -73,7 +73,8 @@ def _phrases(
     check_entries(f"{name}: conversations", turns, ("from", "value"))
     speakers = [turn["from"] for turn in turns]
     if speakers != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError(f"{name}: turns are not human, gpt, human, gpt… but {', '.join(speakers)}")
+        came = ", ".join(map(str, speakers))
+        raise ValueError(f"{name}: turns are not human, gpt, human, gpt… but {came}")
     texts = [clean_text(turn["value"], name).replace(MARKER, "").strip() for turn in turns]
     for index, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
         if answer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from data.processes import ordered_map
 from pixelllm.alignment import rank_pieces, text_pieces
 from pixelllm.records import Phrase, Record
-from pixelllm.shards import unfinished_shards, write_shards
+from pixelllm.shards import check_shard_size, unfinished_shards, write_shards
 from pixelllm.tables import write_table
 
 FIELDS = ("dataset_id", "image_id", "annotator_id", "caption", "timed_caption", "traces")
@@ -162,7 +163,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 transpose
+            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # those that transpose
         if width * height > Image.MAX_IMAGE_PIXELS:  # where Pillow only warns
             raise Image.DecompressionBombError(f"{width} x {height} pixels")
     except (OSError, SyntaxError) as error:
@@ -185,7 +186,7 @@ def read_lines(files: Iterable[Path], progress: Callable[[int], Any]) -> Iterato
                     position = raw.tell()
                     progress(position - taken)
                     taken = position
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"{file}: damaged or not a gzip file ({error})") from error
 
 
@@ -232,6 +233,7 @@ def convert(
     Raises FileNotFoundError or ValueError on the first bad item; then there is no table.
     """
     _require(files, options)
+    check_shard_size(shard_size)
     names = [str(file.resolve()) for file in files]
     report: dict[str, Any] = {"files": names, "alignment": options.alignment}
     report.update(read=0, kept=0, dropped={}, without_trace=0, pieces=0, pieces_with_place=0)

@@ -10,13 +10,14 @@ import tyro
 from tqdm import tqdm
 
 from pixelllm.records import Record
-from pixelllm.shards import unfinished_shards, write_shards
+from pixelllm.shards import check_shard_size, unfinished_shards, write_shards
 from pixelllm.tables import ARROW_FILE, REPORT_FILE, Table
 
 
 def shard(table: Table, out: Path, shard_size: int) -> None:
     """Write the records of `table` to `out`, going on after what an interrupted call wrote."""
     report = json.loads((table.path / REPORT_FILE).read_text())
+    check_shard_size(shard_size)
     file = (table.path / ARROW_FILE).resolve()
     plan = [str(file), file.stat().st_size, file.stat().st_mtime_ns, shard_size]
     done = sum(1 for _ in unfinished_shards(out, plan)) * shard_size

@@ -11,6 +11,7 @@ of one call are merged by image.
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from data.annotations import (
     Picture,
     Size,
+    add_images,
     are_numbers,
     by_listed_image,
     check_coco,
@@ -43,7 +45,7 @@ from data.annotations import (
     start_report,
 )
 from pixelllm.records import Phrase, Record
-from pixelllm.tables import Table, write_table
+from pixelllm.tables import REPORT_FILE, Table, write_table
 
 FILE_NAMES = {"coco": "COCO_train2014_{:012d}.jpg", "vg": "{}.jpg", "flickr": "{}.jpg"}
 # What a damaged pickle may raise, among it what its instructions do to each other's results
@@ -137,7 +139,7 @@ def load_referents(files: Iterable[Path]) -> list[Referent]:
         elif _has_expressions(check_coco(file, content)):
             referents += _mdetr_referents(file, content)
         else:
-            images.update({image["id"]: image for image in content["images"]})
+            add_images(images, file, content)
             objects.update({entry["id"]: entry for entry in content["annotations"]})
     for file in pickles:
         referents += _refer_referents(file, images, objects)
@@ -177,6 +179,8 @@ def _mdetr_referents(file: Path, content: dict[str, Any]) -> Iterator[Referent]:
     for image in content["images"]:
         name = f"{file}: image {image['id']}"
         texts = image.get("expressions") or [image.get("caption")]
+        if not isinstance(texts, list):
+            raise ValueError(f"{name}: expressions must be a list, not {texts!r:.60}")
         for target in targets[image["id"]] or [{}]:
             base = image.get("refexp_id", target.get("id", image["id"]))
             expressions = [(f"{base}/{i}" if i else base, text) for i, text in enumerate(texts)]
@@ -229,7 +233,9 @@ def held_out_images(path: Path) -> dict[str, set[int]]:
     """COCO image ids in a table or annotation file, by the name of each split but train."""
     if path.is_dir():
         rows = Table(path).rows.select_columns("image")
-        pairs = [(None, row["image"]["path"] or "") for row in rows]
+        split = json.loads((path / REPORT_FILE).read_text()).get("split")
+        trains = (split or "").startswith("train")
+        pairs = [(None, row["image"]["path"] or "") for row in rows if not trains]
     elif _is_pickle(path):
         pairs = [(ref["split"], ref["file_name"]) for ref in load_refs(path)]
     else:

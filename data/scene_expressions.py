@@ -130,9 +130,8 @@ def parse_region(phrase: str) -> tuple[str, str, str] | None:
     """(size, colour, kind) of a phrase of the form of `region_phrase`; None for other text."""
     words = phrase.lower().strip(" .").split()
     sizes = {word: size for size, words in SIZE_WORDS.items() for word in words}
-    if len(words) != 4 or words[1] not in sizes:
-        return None
-    return sizes[words[1]], words[2], words[3]
+    known = len(words) == 4 and words[1] in sizes and words[2] in COLOURS and words[3] in KINDS
+    return (sizes[words[1]], words[2], words[3]) if known else None
 
 
 def expressions(rng: Random, scene: Scene, for_training: bool) -> list[Expression]:

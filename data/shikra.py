@@ -74,6 +74,8 @@ def load_entries(files: list[Path]) -> dict[str, list[Place]]:
             raise FileNotFoundError(f"{file}: no such annotation file")
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                if line.isspace():
+                    continue
                 name = f"{file}:{number}"
                 try:
                     entry = json.loads(line)

@@ -51,7 +51,7 @@ def source_records(
 ) -> SourceRecords | StreamedRecords:
     """The records of a source, streamed where they lie in shards.
 
-    Raises ValueError where there are none, or some of either kind.
+    Raises ValueError where there are none, some of either kind, or no masks to be learnt.
     """
     mine = [table for table in tables if fnmatch(table.name, source.tables)]
     found = [table for table in mine if table.has_task(source.task)]
@@ -60,6 +60,10 @@ def source_records(
         names = ", ".join(str(table.path) for table in tables)
         wanted = f"{source.task!r} phrases in tables called {source.tables!r}"
         raise ValueError(f"the recipe needs {wanted}; there are none in {names}")
+    if source.mask_weight and not any(table.has_masks(source.task) for table in found):
+        names = ", ".join(str(table.path) for table in found)
+        wanted = f"masks of {source.task!r} phrases; there are none in {names}"
+        raise ValueError(f"the recipe learns {wanted}; make them of files with segmentations")
     if not streamed:
         return SourceRecords(found, source, batch_size, seed)
     if len(streamed) < len(found):

@@ -82,10 +82,18 @@ class ShardedTable:
 
     def has_task(self, task: str) -> bool:
         """Whether there may be phrases of `task`; the statistics of the first shard tell."""
-        column = self._footer.schema.names.index("task")
-        groups = range(self._footer.num_row_groups)
-        found = (self._footer.row_group(group).column(column).statistics for group in groups)
-        return any(s is None or not s.has_min_max or s.min <= task <= s.max for s in found)
+        return any(first <= task <= last for first, last in self._ranges("task", task))
+
+    def has_masks(self, task: str) -> bool:
+        """Whether a phrase of `task` may have a mask; the statistics of the first shard tell."""
+        return self.has_task(task) and any(last for _, last in self._ranges("mask_counts", task))
+
+    def _ranges(self, name: str, unknown: str) -> list[tuple[str, str]]:
+        """The least and the greatest text in each part of a column, `unknown` where not said."""
+        column = self._footer.schema.names.index(name)
+        groups = map(self._footer.row_group, range(self._footer.num_row_groups))
+        found = (group.column(column).statistics for group in groups)
+        return [(s.min, s.max) if s and s.has_min_max else (unknown, unknown) for s in found]
 
     def phrases(self, limit: int) -> Iterator[pa.StructArray]:
         """The phrases of the first `limit` records."""
@@ -141,6 +149,12 @@ def unfinished_shards(path: Path | str, plan: object) -> Iterator[tuple[dict[str
             report = json.loads(opened.metadata.metadata[b"report"])
             ids = opened.read(columns=["phrases.list.element.id"]).column("phrases")
             yield report, pc.struct_field(pc.list_flatten(ids), "id").to_pylist()
+
+
+def check_shard_size(shard_size: int | None) -> None:
+    """Raise ValueError unless shards of so many records can be; None is none."""
+    if shard_size is not None and shard_size < 1:
+        raise ValueError(f"shards hold 1 record or more, not {shard_size}")
 
 
 def write_shards(

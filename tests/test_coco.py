@@ -171,9 +171,11 @@ def test_a_missing_image_is_named_or_skipped(corpus, tmp_path: Path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([{"id": 1}], r"categories\[0\] has no id and name"),
-        ([{"name": "cat"}], r"categories\[0\] has no id and name"),
-        ({"1": "cat"}, "categories are no list"),
+        ([{"id": 1}], r"categories\[0\] has no name"),
+        ([{"name": "cat"}], r"categories\[0\] has no id"),
+        ([{"id": [3], "name": "cat"}], r"categories\[0\]: id is not a number but \[3\]"),
+        ([{"id": 3, "name": None}], r"categories\[0\]: no name but None"),
+        ({"1": "cat"}, "categories is not a list but dict"),
     ],
 )
 def test_bad_categories_are_named(corpus, tmp_path: Path, categories: Any, message: str):
@@ -182,10 +184,24 @@ def test_bad_categories_are_named(corpus, tmp_path: Path, categories: Any, messa
         convert([write([instance(1)], categories=categories)], folder, tmp_path / "table")
 
 
+def test_files_whose_ids_mean_other_things_are_not_mixed(corpus, tmp_path: Path):
+    folder, write = corpus
+    first = write([instance(1)])
+    other = write([instance(2)], "b.json", categories=[{"id": 3, "name": "dog"}])
+    with pytest.raises(ValueError, match="b.json: category 3 is 'dog' here and 'red car' in a"):
+        convert([first, other], folder, tmp_path / "table")
+    other.write_text(first.read_text().replace("000000000001", "000000000007"))
+    with pytest.raises(ValueError, match="b.json: image 1 is 000000000007.jpg here and 0000"):
+        convert([first, other], folder, tmp_path / "table")
+    assert not (tmp_path / "table").exists()
+
+
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
         (instance(5, category_id=8), "annotation 5 of image 1: category 8"),
+        (instance(5, category_id=[3]), r"annotation 5: category \[3\]"),
+        (instance(5, image=[1]), r"annotations\[0\]: image_id is not a number but \[1\]"),
         (instance(5, image=77), "annotation 5 is of image 77"),
         (instance(5, bbox=[1, 2, 3]), r"annotation 5 of image 1: bbox .*\[1, 2, 3\]"),
         (

@@ -155,9 +155,9 @@ def test_help_fits_a_screen_and_starts_with_a_command(capsys):
 # --- scores on hand-made narrations ---
 
 
-def narration(caption: str, boxes, target_boxes, generated: Caption) -> Narration:
+def narration(caption: str, boxes, target_boxes, generated: Caption, image=1) -> Narration:
     phrase = Phrase("p", "narration", caption, pieces=(Piece(0, 1),))
-    record = Record("scenes_val/1", (10, 10), (phrase,), path="x")
+    record = Record(f"scenes_val/{image}", (10, 10), (phrase,), path="x")
     boxes, targets = np.array(boxes, np.float32), np.array(target_boxes, np.float32)
     corners = (b.reshape(-1, 2, 2) for b in (boxes, targets))
     return Narration(record, phrase, *corners, boxes, targets, generated)
@@ -197,6 +197,21 @@ def test_forced_scores_by_hand():
     assert scores["object_point_in_box"] == 3 / 4
 
 
+def test_forced_scores_take_the_words_that_tokens_reach():
+    item = narration(REFERENCE, [[0.1, 0.1, 0.3, 0.3]] * 3, [[0.2] * 4] * 3, caption_of())
+    scores = objects.score_forced([item], [TRUTH], [item.word_boxes])
+    assert scores["object_point_in_box"] == 1  # of "red car"; the blue ball was cut off
+    one = narration(REFERENCE, [NOWHERE], [NOWHERE], caption_of())
+    assert objects.score_forced([one], [TRUTH], [one.word_boxes]) == {}
+
+
+def test_a_line_that_is_no_truth_is_named(tmp_path):
+    for line in ('{"image_id": 1}', "[]", "{cut"):
+        (tmp_path / "truth.jsonl").write_text(line)
+        with pytest.raises(ValueError, match="truth.jsonl:1: not objects, mentions and"):
+            objects.load_truth(tmp_path / "truth.jsonl")
+
+
 def test_generated_scores_by_hand():
     """A right object told twice counts once; a wrong colour is a wrong object."""
 
@@ -234,6 +249,16 @@ def test_point_scores_by_hand():
     baseline = trace.score_baselines([item], ["a b c"])
     assert baseline["point_l1"] == pytest.approx((0.2 + 0.35) / 2, abs=1e-6)
     assert baseline["bleu_1"] > scores["bleu_1"]
+
+
+def test_point_errors_of_an_image_are_pooled():
+    """Five narrations of one image weigh what one of another does, and tokens count in it."""
+    near = narration("a", [[0.3] * 4], [[0.2] * 4], caption_of())
+    far = narration("a b", [[0.5] * 4] * 2, [[0.2] * 4] * 2, caption_of(), image=2)
+    known = [(n.record.id, n.token_points, n.token_targets) for n in (*[near] * 5, far)]
+    assert trace.point_l1(known) == pytest.approx(0.2)
+    both = [("x", n.token_points, n.token_targets) for n in (near, far)]
+    assert trace.point_l1(both) == pytest.approx((0.1 + 2 * 0.3) / 3)
 
 
 def test_an_empty_caption_can_be_scored_and_written():

@@ -168,6 +168,8 @@ def test_size_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     assert image_size(save_image(tmp_path / "turned.jpg", (6, 8), exif=exif)) == (8, 6)
+    exif[0x0112] = 9  # which is no orientation
+    assert image_size(save_image(tmp_path / "unknown.jpg", (6, 8), exif=exif)) == (6, 8)
     assert image_size(save_image(tmp_path / "plain.png", (6, 8))) == (6, 8)
 
 
@@ -236,6 +238,18 @@ def test_a_damaged_archive_is_named(tmp_path, images):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: damaged"):
         convert([file], Options(images), tmp_path / "t")
+    content = bytearray(write(tmp_path / "a.jsonl.gz", [narrative()] * 100).read_bytes())
+    content[12:16] = b"\xff" * 4  # of the compressed stream
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: damaged"):
+        convert([file], Options(images), tmp_path / "t")
+
+
+def test_shards_hold_a_record_or_more(tmp_path, images):
+    file = write(tmp_path / "a.jsonl", [narrative()])
+    with pytest.raises(ValueError, match="shards hold 1 record or more, not 0"):
+        convert([file], Options(images), tmp_path / "t", shard_size=0)
+    assert not list(tmp_path.glob("t*"))
 
 
 def test_missing_inputs_are_named(tmp_path, images):

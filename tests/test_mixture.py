@@ -84,6 +84,11 @@ def test_an_absent_task_is_named_with_the_tables(table):
         source_records([table], Source("region"), batch_size=2, seed=0)
 
 
+def test_masks_that_no_table_has_are_not_trained(table):
+    with pytest.raises(ValueError, match="learns masks of 'caption' phrases; there are none in"):
+        source_records([table], Source("caption", mask_weight=1.0), batch_size=2, seed=0)
+
+
 def test_a_source_draws_from_the_tables_its_glob_names(tmp_path: Path):
     """Corpora of one task are told apart by the names of their tables."""
     tables = []

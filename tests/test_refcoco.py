@@ -438,6 +438,13 @@ def test_leaks_are_counted_by_split_and_dropped_on_request(tmp_path: Path, image
     assert [record.id for record in Table(tmp_path / "safe")] == ["train2014/1"]
 
 
+def test_no_image_can_leak_from_a_table_of_training_images(tmp_path: Path, images: Path):
+    train = write_refer(tmp_path / "g", [reference(n, n, "train", "thing") for n in (1, 2)])
+    convert(train, Options(images, "train"), tmp_path / "train")
+    with pytest.raises(ValueError, match="train: no COCO image outside its train split"):
+        convert(train, Options(images, leaks=(tmp_path / "train",)), tmp_path / "table")
+
+
 def test_tables_and_other_layouts_can_be_held_out(tmp_path: Path, images: Path):
     files = write_refer(tmp_path / "refcoco")
     convert(files, Options(images, "testA"), tmp_path / "testA")  # image 2

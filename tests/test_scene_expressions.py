@@ -197,7 +197,8 @@ def test_region_phrases_say_all_attributes_and_are_parsed_back(examples):
             seen.add(phrase.split()[1])
     assert seen == set(SIZES.values())
     assert parse_region("A Big red car.") == ("large", "red", "car")
-    for other in ("", "a red car", "a large red car in front of grass", "a huge red car"):
+    for other in ("", "a red car", "a large red car in front of grass", "a huge red car",
+                  "a large white building", "a large tree trunk"):  # fmt: skip
         assert parse_region(other) is None
 
 

@@ -103,7 +103,7 @@ def test_a_broken_line_and_no_line_are_named(tmp_path: Path, images: Path, capsy
     file.write_text(file.read_text() + "{cut")
     with pytest.raises(SystemExit, match="rd.jsonl:2: not a line of JSON"):
         main((file,), images, tmp_path / "table")
-    file.write_text("")
+    file.write_text("\n")
     with pytest.raises(SystemExit, match="no question in .*rd.jsonl"):
         main((file,), images, tmp_path / "table")
     with pytest.raises(SystemExit, match="no such annotation file"):

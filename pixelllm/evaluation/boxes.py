@@ -72,8 +72,7 @@ def evaluate_regions(
         regions |= own
         by_image.append(own)
         results += [
-            {"image_id": image_number(p.id), "id": p.id, "caption": hypotheses[p.id]}
-            for p in phrases
+            {"image_id": _number(p.id), "id": p.id, "caption": hypotheses[p.id]} for p in phrases
         ]
     references = {name: [region.caption] for name, region in regions.items()}
     captions = captions or [region.caption for region in regions.values()]
@@ -92,6 +91,12 @@ def evaluate_regions(
         trivial="a random training caption",
         predictions={"region_results.json": json.dumps(results)},
     )
+
+
+def _number(phrase_id: str) -> int | str:
+    """The image id of a region, which is an image of its own for COCO's tools."""
+    name = phrase_id.removeprefix(f"{TASK}/")
+    return int(name) if name.isdecimal() else name
 
 
 def caption_regions(

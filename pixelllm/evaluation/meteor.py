@@ -124,7 +124,8 @@ def unavailable_reason() -> str | None:
     """Why METEOR cannot run here, with the remedy; None where it can."""
     try:
         data_folder()
-    except MeteorUnavailable as error:
+        _tables()
+    except (MeteorUnavailable, OSError) as error:  # the latter where no cache can be written
         return str(error)
     return None
 

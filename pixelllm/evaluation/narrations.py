@@ -6,6 +6,7 @@ that word and point errors do not mix (reference, section 12.1); generated, both
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
     """Point and caption scores that need nothing but the narrations."""
     references = {n.phrase.id: [n.phrase.caption] for n in narrations}
     return {
-        "point_l1": point_l1([(n.token_points, n.token_targets) for n in narrations]),
+        "point_l1": point_l1([(n.record.id, n.token_points, n.token_targets) for n in narrations]),
         **lbm_scores([(n.word_boxes, n.target_boxes) for n in narrations]),
         "lbm_generated_k0": mean_of_known(
             trace_distance([word.box for word in n.generated.words], n.target_boxes)
@@ -118,9 +119,16 @@ def score_narrations(narrations: Sequence[Narration]) -> dict[str, float]:
     }
 
 
-def point_l1(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Official point error over (points, targets); narrations without any place do not count."""
-    known = [(p, t, ~np.isnan(t).any((-1, -2))) for p, t in pairs]
+def point_l1(narrations: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> float:
+    """Official point error over (image, points, targets), where an image's narrations are pooled.
+
+    Images without any place do not count.
+    """
+    by_image = defaultdict(list)
+    for image, *pair in narrations:
+        by_image[image].append(pair)
+    pooled = (map(np.concatenate, zip(*pairs, strict=True)) for pairs in by_image.values())
+    known = [(points, targets, ~np.isnan(targets).any((-1, -2))) for points, targets in pooled]
     return mean_trace_l1([item for item in known if item[-1].any()])
 
 
@@ -138,7 +146,8 @@ def score_baselines(narrations: Sequence[Narration], captions: Sequence[str]) ->
     Args:
         captions: of the training data; one is drawn for every narration, with a fixed seed.
     """
-    centres = [(np.full_like(n.token_targets, 0.5), n.token_targets) for n in narrations]
+    targets = [(n.record.id, n.token_targets) for n in narrations]
+    centres = [(image, np.full_like(places, 0.5), places) for image, places in targets]
     middle = [(np.full_like(n.word_boxes, 0.5), n.target_boxes) for n in narrations]
     drawn = random_captions(len(narrations), captions)
     hypotheses = {n.phrase.id: text for n, text in zip(narrations, drawn, strict=True)}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,23 +37,31 @@ class ObjectTruth:
 
 
 def load_truth(path: Path) -> dict[str, ObjectTruth]:
-    """Truth by image id, from JSON lines."""
+    """Truth by image id, from JSON lines. Raises ValueError naming the line that is none."""
     truth = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        objects = entry["objects"]
-        truth[entry["image_id"]] = ObjectTruth(
-            names=[(o["colour"], o["kind"]) for o in objects],
-            boxes=np.array([o["box"] for o in objects]),
-            centers=np.array([o["center"] for o in objects]),
-            mentions=[(m["start"], m["end"], m["object"]) for m in entry["mentions"]],
-            is_held_out=entry["heldout_pair"],
-            expressions={
-                f"referring/{e['sent_id']}": frozenset({e["kind"], *(k for k in KINDS if e[k])})
-                for e in entry["expressions"]
-            },
-        )
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            truth[entry["image_id"]] = _read_truth(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = "objects, mentions and expressions as data.scenes writes them"
+            raise ValueError(f"{path}:{number}: not {wanted} ({error!r})") from error
     return truth
+
+
+def _read_truth(entry: dict[str, Any]) -> ObjectTruth:
+    objects = entry["objects"]
+    return ObjectTruth(
+        names=[(o["colour"], o["kind"]) for o in objects],
+        boxes=np.array([o["box"] for o in objects]),
+        centers=np.array([o["center"] for o in objects]),
+        mentions=[(m["start"], m["end"], m["object"]) for m in entry["mentions"]],
+        is_held_out=entry["heldout_pair"],
+        expressions={
+            f"referring/{e['sent_id']}": frozenset({e["kind"], *(k for k in KINDS if e[k])})
+            for e in entry["expressions"]
+        },
+    )
 
 
 def find_truth(table: Table) -> Path | None:
@@ -73,10 +82,11 @@ def inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def object_words(narration: Narration, truth: ObjectTruth) -> list[tuple[int, int]]:
-    """(word, object) for the reference words that name an object."""
+    """(word, object) for the reference words that name an object, as far as tokens reach."""
+    words = words_of(narration.phrase.caption)[: len(narration.word_boxes)]
     return [
         (word, index)
-        for word, (start, end) in enumerate(words_of(narration.phrase.caption))
+        for word, (start, end) in enumerate(words)
         for first, last, index in truth.mentions
         if start < last and first < end
     ]
@@ -93,7 +103,7 @@ def score_forced(
     Returns:
         The mean of |dx| and |dy| between a word's point and the middle of its piece of trace
         (`object_point_l1`) and the object's centre (`object_center_l1`), and the share of points
-        in the object's box (`object_point_in_box`).
+        in the object's box (`object_point_in_box`); nothing where no word names an object.
     """
     points, targets, centers, object_boxes = [], [], [], []
     for narration, truth, predicted in zip(narrations, truths, boxes, strict=True):
@@ -102,6 +112,8 @@ def score_forced(
             targets.append(narration.target_boxes[word].reshape(2, 2).mean(0))
             centers.append(truth.centers[index])
             object_boxes.append(truth.boxes[index])
+    if not points:
+        return {}
     points, targets, centers = np.array(points), np.array(targets), np.array(centers)
     return {
         "object_point_l1": float(np.nanmean(np.abs(points - targets))),
