@@ -286,7 +286,7 @@ def _widen_to_words(
         if span is not None:
             start, end = span
             stop = next((after[0] for after in spans[index + 1 :] if after), len(caption))
-            start -= len(re.search(r"\S*$", caption[previous:start])[0])
+            start -= len(re.search(r"\S*\Z", caption[previous:start])[0])
             end += len(re.match(r"\S*", caption[end:stop])[0])
             span, previous = (start, end), end
         widened.append(span)

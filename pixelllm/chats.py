@@ -189,7 +189,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Re
     for place in range(1, len(messages), 2):
         start = len(_apply_template(messages[:place], tokenizer))
         answer = messages[place]["content"]
-        begins = text.find(answer, start)
+        begins = text.find(answer + tokenizer.eos_token, start)
         end = begins + len(answer) + len(tokenizer.eos_token)
         if text[start:begins].strip() or text[begins:end] != answer + tokenizer.eos_token:
             expected = f"{answer!r} and {tokenizer.eos_token!r}"
@@ -214,7 +214,10 @@ def decode_answer(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) 
     token_ids = list(token_ids)
     if tokenizer.eos_token_id in token_ids:
         token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
-    text = tokenizer.decode(token_ids).strip()
+    text = tokenizer.decode(token_ids)
+    for mark in (IMAGE_START, PATCH, IMAGE_END):  # of questions; a model may write them still
+        text = text.replace(mark, "")
+    text = text.strip()
     if text.startswith(TEXT_START):  # tokenizers put a blank before the first word
         text = TEXT_START + text.removeprefix(TEXT_START).lstrip()
     return text

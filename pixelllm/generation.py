@@ -17,6 +17,18 @@ from pixelllm.tokenizer import Word, words_of_tokens
 Row = TypeVar("Row")
 
 
+def check_search(
+    max_new_tokens: int, has_rules: bool = False, **search: int | float | bool
+) -> None:
+    """Raise ValueError for what no search takes; official rules are greedy or beam search."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: expected 1 or more")
+    if search.get("num_beams", 1) < 1:
+        raise ValueError(f"num_beams {search['num_beams']}: expected 1 (greedy) or more")
+    if has_rules and (unknown := sorted(search.keys() - {"num_beams"})):
+        raise ValueError(f"{', '.join(unknown)}: the official rules are greedy or beam search")
+
+
 @dataclass(frozen=True)
 class PlacedWord:
     """A word, the point it is about, the box around that, and the word's log-probability.

@@ -15,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's convert() would clip them
 # What the decoders of Pillow raise on damaged files.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
+UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, EOFError, RuntimeError, struct.error)
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -57,11 +66,13 @@ def _opened(source: str | Path | bytes | Image.Image) -> AbstractContextManager[
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     width, height = image.size
-    if width * height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns up to twice the limit
+    limit = Image.MAX_IMAGE_PIXELS or width * height  # Pillow itself only warns up to twice of it
+    if width * height > limit:
         raise Image.DecompressionBombError(
-            f"{width} x {height} pixels, the limit is {Image.MAX_IMAGE_PIXELS}; shrink it first"
+            f"{width} x {height} pixels, the limit is {limit}; shrink it first"
         )
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps would write all of the EXIF anew
+    image = image if turn is None else image.transpose(turn)
     if image.mode in WIDE_MODES:
         return _scale_to_8_bits(image).convert("RGB")
     if image.has_transparency_data:

@@ -30,6 +30,7 @@ from pixelllm.checkpoints import load_config, load_weights, own_tensors, save_co
 from pixelllm.conversations import Conversation, Referent
 from pixelllm.files import write_text
 from pixelllm.generation import Caption
+from pixelllm.images import open_image
 from pixelllm.loading import WithoutInitialValues, held_in
 from pixelllm.locating import Location
 from pixelllm.marked_text import VIS
@@ -169,7 +170,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
     @torch.no_grad()
     def locate(
         self,
-        images: Sequence[Image],
+        images: Sequence[Path | str | Image],
         texts: Sequence[Sequence[str]],
         with_masks: bool = False,
         with_captions: bool = False,
@@ -180,13 +181,14 @@ class PerceptionGPT(PerceptionGPTNetwork):
         that the model answers so.
 
         Args:
-            images: RGB; texts: the expressions of each.
+            images: files or images; texts: the expressions of each.
             with_masks: also segment what they point at.
             with_captions: also say what is seen there, if the model was taught to describe boxes.
 
         Raises ValueError: an expression is empty, or an image has none.
         """
         check_one_each(images, texts, "expressions")
+        images = [open_image(image) for image in images]
         in_words = self.config.model.vis.form != "vis"
         find = self._locate_in_words if in_words else self._locate_in_states
         with_masks = with_masks or (with_captions and self.config.model.vis.read == "mask")
@@ -201,7 +203,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return located
 
     def _locate_in_states(
-        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
+        self, images: Sequence[Path | str | Image], texts: Sequence[Sequence[str]], with_masks: bool
     ) -> list[list[Location]]:
         """As `locate`, by a model that decodes boxes of its states."""
         found = Referent(NOWHERE)
@@ -233,7 +235,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return kept.of(located)
 
     def _locate_in_words(
-        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
+        self, images: Sequence[Path | str | Image], texts: Sequence[Sequence[str]], with_masks: bool
     ) -> list[list[Location]]:
         """As `locate`, by a model that writes its boxes: the first one of each answer."""
         if with_masks:
@@ -249,7 +251,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
     @torch.no_grad()
     def describe_boxes(
         self,
-        images: Sequence[Image],
+        images: Sequence[Path | str | Image],
         boxes: Sequence[Sequence[Box]],
         num_beams: int = 1,
         masks: Sequence[Sequence[EncodedMask | None]] | None = None,
@@ -257,7 +259,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         """What is in each box; the captions' words have no points.
 
         Args:
-            images: RGB.
+            images: files or images.
             boxes: of each, xyxy in [0, 1] of it.
             masks: of the boxes, COCO run-length encodings at the sizes of their images. A model
                 of `VisInput` "mask" or "random" reads these in place of the boxes; one of "mask"
@@ -268,6 +270,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
                 masks for a model that reads them.
         """
         check_one_each(images, boxes, "boxes")
+        images = [open_image(image) for image in images]
         masks = masks or [[None] * len(of_image) for of_image in boxes]
         if self.config.model.vis.read == "mask" and None in chain(*masks):
             raise ValueError("this model reads masks: every box needs one (vis.read is 'mask')")
@@ -284,9 +287,12 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     @torch.no_grad()
     def caption_images(
-        self, images: Sequence[Image], num_beams: int = 1, choose: Choose = most_probable
+        self,
+        images: Sequence[Path | str | Image],
+        num_beams: int = 1,
+        choose: Choose = most_probable,
     ) -> list[Caption]:
-        """A short caption of every RGB image, whose words have no points.
+        """A short caption of every image or file, whose words have no points.
 
         A model that was not taught captions, but grounded ones, writes these, without their marks.
         """
@@ -299,7 +305,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
     @torch.no_grad()
     def ask(
         self,
-        images: Sequence[Image],
+        images: Sequence[Path | str | Image],
         questions: Sequence[Sequence[str]],
         num_beams: int = 1,
         with_masks: bool = True,
@@ -309,7 +315,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         """Answers to questions as `question` words them.
 
         Args:
-            images: RGB; questions: those about each.
+            images: files or images; questions: those about each.
             num_beams: above 1, beam search.
             with_masks: also segment what the answers mention.
             choose: the next words; `pixelllm.models.answering.sampler` draws them.
@@ -319,6 +325,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         Raises ValueError: an image without a question, or one that is not worded.
         """
         check_one_each(images, questions, "questions")
+        images = [open_image(image) for image in images]
         talks = [Conversation("", size_of(image), (), ()) for image in images]
         if not in_turn:
             asked = [
@@ -339,7 +346,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     def _write(
         self,
-        images: Sequence[Image],
+        images: Sequence[Path | str | Image],
         asked: Sequence[Sequence[Conversation]],
         num_beams: int,
         with_masks: bool,
@@ -365,7 +372,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     def prepare(
         self,
-        images: Sequence[Image],
+        images: Sequence[Path | str | Image],
         asked: Sequence[Sequence[Conversation]],
         pad_left: bool = False,
     ) -> tuple[Tensor, ChatBatch, Rows]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -24,11 +24,12 @@ from pixelllm.detection import ScoredBoxes
 from pixelllm.generation import (
     Caption,
     CaptionedBox,
+    check_search,
     join_chunks,
     place_words,
     rank,
     stream_words,
-)
+)  # fmt: skip
 from pixelllm.loading import WithoutInitialValues, held_in, is_referenced
 from pixelllm.locating import (
     Location,
@@ -45,6 +46,7 @@ from pixelllm.models.build import (
     build_mask_head,
     build_parts,
 )
+from pixelllm.models.git import GitDecoder
 from pixelllm.models.pixelllm import ImageFeatures, PixelLLMNetwork, Text
 from pixelllm.processor import Processor, ProcessorConfig
 from pixelllm.quantize import quantize_trunk, quantize_when_loaded, require_unquantized
@@ -104,7 +106,11 @@ class PixelLLM(PixelLLMNetwork):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: Path | str, dtype: torch.dtype | None = None, int8: bool = False
+        cls,
+        name_or_path: Path | str,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+        adapt: Callable[[Config], Config] = lambda config: config,
     ) -> PixelLLM:
         """A saved model in evaluation mode, from a run's folder or a Hub id.
 
@@ -112,10 +118,11 @@ class PixelLLM(PixelLLMNetwork):
             dtype: bfloat16 holds the image encoders and a trunk of `transformers` in it, None as
                 the run says; the rest, where coordinates are computed, is float32 either way.
             int8: hold the trunk's linear layers in 8 bits (`pixelllm.quantize`).
+            adapt: change what the run says and no size depends on, such as dropout.
 
         Raises FileNotFoundError where there is none and ValueError listing keys that do not fit.
         """
-        config = load_config(Config, name_or_path)
+        config = adapt(load_config(Config, name_or_path))
         if dtype is not None:
             config = held_in(config, dtype)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
@@ -225,16 +232,11 @@ class PixelLLM(PixelLLMNetwork):
         **search: int | float | bool,
     ) -> list[Caption]:
         """`generate` from visual tokens float[R, N, D], where a caller has them already."""
-        if search.get("num_beams", 1) < 1:
-            raise ValueError(f"num_beams {search['num_beams']}: expected 1 (greedy) or more")
+        length = self.config.max_tokens - 1 if max_new_tokens is None else max_new_tokens
+        has_rules = official_rules or isinstance(self.language, GitDecoder)
+        check_search(length, has_rules, **search)
         decode = self.language.generate_official if official_rules else self.language.generate
-        found = decode(
-            prefix,
-            context_ids,
-            context_padding,
-            max_new_tokens=max_new_tokens or self.config.max_tokens - 1,
-            **search,
-        )
+        found = decode(prefix, context_ids, context_padding, max_new_tokens=length, **search)
         points = self.point_head(found.hidden)
         rows = zip(found.token_ids.cpu(), found.log_probs.cpu(), points.cpu(), strict=True)
         return [place_words(self.tokenizer, *row) for row in rows]
@@ -388,10 +390,10 @@ class PixelLLM(PixelLLMNetwork):
         """
         if boxes.shape[:2] != (1, 1):
             raise ValueError(f"stream takes one image with one box, not {tuple(boxes.shape[:2])}")
+        length = self.config.max_tokens - 1 if max_new_tokens is None else max_new_tokens
+        check_search(length)
         prefix = self.prefix(self.encode(images, sizes, {}), sizes, boxes)[0]
-        tokens = self.language.stream(
-            prefix, context_ids, context_padding, max_new_tokens or self.config.max_tokens - 1
-        )
+        tokens = self.language.stream(prefix, context_ids, context_padding, length)
         yield from stream_words(
             self.tokenizer,
             ((token, self.point_head(hidden)[0].cpu(), score) for token, hidden, score in tokens),

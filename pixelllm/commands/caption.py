@@ -81,6 +81,8 @@ def caption(command: CaptionCommand) -> None:
     check_at_least_one("--batch-size", command.batch_size)
     check_files(command.images, [command.html, command.gif, command.png])
     search = search_options(command)
+    if command.pixels and not command.box:
+        raise ValueError("--pixels says what the numbers of --box are; there is no --box")
     if not command.pixels:  # those in pixels are checked when the image is read
         boxes_for(command, command.images[0], (1, 1))
     model = load_any_model(command.model, command.device, command.dtype, command.int8)

@@ -38,7 +38,10 @@ def import_weights(command: ImportCommand) -> None:
     if not isinstance(config, Config):
         raise ValueError(f"{command.recipe!r} is no recipe of a whole model; train.py --list")
     language = config.model.language
-    tokenizer = load_tokenizer(command.tokenizer or language.trunk or language.tokenizer)
+    name = command.tokenizer or language.trunk or language.tokenizer
+    if name is None:
+        raise ValueError(f"{command.recipe} trains a tokenizer of its own; give one: --tokenizer")
+    tokenizer = load_tokenizer(name)
     model = PixelLLM(as_released(config), tokenizer)
     load_scenic(model, command.file, command.absent)
     model.save_pretrained(command.out)

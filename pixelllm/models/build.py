@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -45,7 +46,6 @@ class SpecialIds(NamedTuple):
 
 
 NOMINAL_STRIDES = (8, 16, 32, 64, 128)  # the release's, whatever the maps
-LORA_TARGETS = {"t5": ("q", "v"), "mt5": ("q", "v")}  # other trunks: q_proj, v_proj
 
 
 def build_parts(
@@ -144,7 +144,7 @@ def build_eva02_encoder(config: Eva02Config, pretrained: bool = False) -> Eva02E
     """
     is_file = config.weights is not None and Path(config.weights).is_file()
     name = config.structure or (None if is_file else config.weights)
-    if config.structure is not None and not is_file:
+    if config.structure is not None and config.weights is not None and not is_file:
         raise FileNotFoundError(f"model.eva02.weights: {config.weights}: no such file")
     if name is None:
         encoder = _eva02_of_sizes(config)
@@ -252,16 +252,26 @@ def build_language(
             ff=config.ff_width,
             dropout=config.dropout,
         )
+    language.eos_id = ids.eos_id  # what captions end with; a trunk's file may list several
     if config.bfloat16 and not isinstance(language, GitDecoder):
         hold_in_bfloat16(language.model)
     if config.lora_rank:
-        targets = LORA_TARGETS.get(language.model.config.model_type, ("q_proj", "v_proj"))
-        factors = (config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+        factors = (config.lora_rank, config.lora_alpha, lora_targets(language), config.lora_dropout)
         add_lora(language, *factors)
         for name, parameter in language.named_parameters():
             if "lora_" in name:  # it learns, so it is float32 beside any trunk
                 parameter.data = parameter.data.float()
     return language
+
+
+def lora_targets(language: Language) -> Sequence[str]:
+    """The linear layers that LoRA changes: queries and values, or the layer that makes both."""
+    name = language.model.config.model_type
+    if any(path.endswith("q_proj") for path, _ in language.model.named_modules()):
+        return ("q_proj", "v_proj")
+    if name in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:  # ("q", "v") of T5
+        return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name]
+    raise ValueError(f"LoRA on {name}: no layers called q_proj; train it whole (lora_rank 0)")
 
 
 @torch.no_grad()

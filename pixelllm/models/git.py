@@ -101,6 +101,7 @@ class GitDecoder(Language):
             return F.linear(hidden.float(), self.output.weight.float(), self.output.bias.float())
 
     generate = Language.generate_official  # the only rules this trunk knows
+    repeats = False  # one of them
 
     def embed(self, token_ids: Tensor, start: int = 0) -> Tensor:
         """Words int64[R, T] at the positions from `start` on, float[R, T, D]."""

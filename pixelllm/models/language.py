@@ -72,8 +72,18 @@ class TransformersLanguage(Language):
         """Generated ids with BOS, int64[R, T]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
+        head, config = self.model.lm_head, self.model.config
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.model.lm_head.weight.float())
+            bias = None if head.bias is None else head.bias.float()
+            logits = F.linear(hidden.float(), head.weight.float(), bias)
+        # What these models do to the head's output, which `generate` goes through as well
+        if config.model_type.startswith("cohere"):
+            logits = logits * config.logit_scale
+        if config.model_type.startswith("granite"):
+            logits = logits / config.logits_scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = (logits / cap).tanh() * cap
+        return logits
 
     @torch.no_grad()
     def generate(

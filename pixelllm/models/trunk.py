@@ -147,6 +147,8 @@ class Language(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary head, outside autocast: float[..., D] -> float32[..., V]."""
 
+    repeats = True  # whether greedy search may write a word twice in a row
+
     @torch.no_grad()
     def stream(
         self, prefix: Tensor, context_ids: Tensor, context_padding: Tensor, max_new_tokens: int
@@ -161,11 +163,13 @@ class Language(nn.Module, ABC):
         token = torch.tensor([self.bos_id], device=prefix.device)
         hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
         for _ in range(max_new_tokens):
-            log_prob, token = self.logits(hidden).log_softmax(-1).max(-1)
+            log_probs = self.logits(hidden).log_softmax(-1)
+            allowed = log_probs if self.repeats else log_probs.index_fill(1, token, -torch.inf)
+            token = allowed.argmax(-1)
             if token.item() == self.eos_id:
                 return
             hidden = self.decode(prompt, token[:, None], cache=cache)[:, -1]
-            yield token.item(), hidden, log_prob.item()
+            yield token.item(), hidden, log_probs[0, token.item()].item()
 
     @torch.no_grad()
     def generate_official(

@@ -11,14 +11,16 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pixelllm.batches import Batch, TextLimits
-from pixelllm.checkpoints import write_text
+from pixelllm.checkpoints import CONFIG_FILE, find_file, write_text
 from pixelllm.config import Config, Source
 from pixelllm.feature_cache import FeatureCache
+from pixelllm.loading import is_referenced
 from pixelllm.mixture import Mixture
 from pixelllm.models.prompt import init_from_sam
 from pixelllm.perceiving import PerceptionGPT
@@ -160,6 +162,7 @@ def build_tokenizer(
         wordings: other text that one trained here gets to know.
     """
     if config.start.run is not None:  # its weights know no other
+        find_file(config.start.run, CONFIG_FILE)
         return PreTrainedTokenizerFast.from_pretrained(config.start.run)
     name = config.model.language.trunk or config.model.language.tokenizer
     if name is not None:
@@ -197,16 +200,19 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
     """A PixelLLM that starts from what the recipe names."""
     start = config.start
     if start.run is not None:
-        model = PixelLLM.from_pretrained(start.run)
+        model = PixelLLM.from_pretrained(start.run, adapt=partial(with_settings_of, config))
+        begun = model.config
         shared = replace(config.model, masks=model.config.model.masks)
         shared = replace(shared, detector=model.config.model.detector)
         check_same(shared, model.config.model, str(start.run))
         if model.mask_head is None:
             config = with_mask_decoder(config, model.config.model.sam.weights)
-        model.grow(config, tokenizer)
+        reads_sam = model.mask_head is None and config.model.masks is not None
+        model.grow(naming_what_is_held(config, begun, reads_sam), tokenizer)
     else:
         warn_of_random_sam(config)
         model = PixelLLM(config, tokenizer, published=PUBLISHED)
+    model.config = without_published(model.config)
     if start.eyes is not None:
         start_from_eyes(model, start.eyes)
     if start.sam is not None:
@@ -216,6 +222,55 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PixelLLM:
         check_same(config.model.eva02, eva02_config.eva02, str(start.eva02))
         model.eva02.load_state_dict(branch.state_dict())
     return model
+
+
+def with_settings_of(config: Config, started: Config) -> Config:
+    """The run to start from with what the recipe says of precision and dropout."""
+    ours, theirs = config.model, started.model
+    held = {"bfloat16": ours.sam.bfloat16, "half_features": ours.sam.half_features}
+    eva02 = replace(
+        theirs.eva02,
+        bfloat16=ours.eva02.bfloat16,
+        half_features=ours.eva02.half_features,
+        drop_path=ours.eva02.drop_path,
+    )
+    words = {name: getattr(ours.language, name) for name in ("bfloat16", "dropout", "lora_dropout")}
+    sam, language = replace(theirs.sam, **held), replace(theirs.language, **words)
+    return replace(started, model=replace(theirs, sam=sam, eva02=eva02, language=language))
+
+
+def naming_what_is_held(config: Config, started: Config, reads_sam: bool) -> Config:
+    """The recipe with those published weights that the run it starts from has as they are.
+
+    A saved model names the source of frozen published weights instead of carrying them, so that
+    a source must not be named for what the run has trained or never had.
+
+    Args:
+        reads_sam: SAM's file is read anew, for the mask decoder.
+    """
+    sam, eva02, theirs = config.model.sam, config.model.eva02, started.model
+    if not reads_sam:
+        has_sam = is_referenced("sam", started)
+        sam = replace(sam, weights=theirs.sam.weights if has_sam else None)
+    name = theirs.eva02.weights
+    structure = theirs.eva02.structure
+    if not is_referenced("eva02", started):
+        is_timm = name is not None and timm.is_model(name.split(".")[0])
+        name, structure = None, name if is_timm else structure
+    eva02 = replace(eva02, weights=name, structure=structure)
+    model = replace(config.model, sam=sam, eva02=eva02)
+    include_frozen = config.include_frozen or started.include_frozen
+    return replace(config, model=model, include_frozen=include_frozen)
+
+
+def without_published(config: Config) -> Config:
+    """The recipe without the names of weights that others of `start` take the place of."""
+    start, model = config.start, config.model
+    if start.eyes or start.sam:
+        model = replace(model, sam=replace(model.sam, weights=None))
+    if start.eyes or start.eva02:
+        model = replace(model, eva02=replace(model.eva02, weights=None))
+    return replace(config, model=model)
 
 
 def warn_of_random_sam(config: Config) -> None:

@@ -24,7 +24,7 @@ from pixelllm.markers import add_markers, marker_ids
 from pixelllm.mixture import Mixture
 from pixelllm.models.perceptiongpt import draw_by_mask
 from pixelllm.perceiving import PerceptionGPT
-from pixelllm.perception_config import PUBLISHED, PerceptionConfig, PerceptionLoss
+from pixelllm.perception_config import PUBLISHED, PerceptionConfig, PerceptionLoss, named_parts
 from pixelllm.shards import ShardedTable
 from pixelllm.sources import choose_phrases
 from pixelllm.squares import square_image
@@ -196,11 +196,20 @@ def build_model(config: PerceptionConfig, tokenizer: PreTrainedTokenizerFast) ->
     if start.run is not None:
         model = PerceptionGPT.from_pretrained(start.run)
         check_same(config.model, model.config.model, start.run)
-        model.config = config
+        is_published = "clip" in named_parts(model.config)
+        clip = model.config.model.clip.weights if is_published else None
+        model.config = naming_clip(config, clip)
         return model
     model = PerceptionGPT(config, tokenizer, published=PUBLISHED)
     if start.clip is not None:
         trained, eyes = load_clip_run(start.clip)
         check_same(config.model.clip, trained.clip, start.clip)
         model.clip.load_state_dict(eyes.state_dict())
+        model.config = naming_clip(config, None)
     return model
+
+
+def naming_clip(config: PerceptionConfig, weights: str | None) -> PerceptionConfig:
+    """The recipe with the published CLIP that the model has; None where it was trained further."""
+    clip = replace(config.model.clip, weights=weights)
+    return replace(config, model=replace(config.model, clip=clip))
