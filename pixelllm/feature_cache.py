@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -66,12 +67,12 @@ class FeatureCache:
         precisions = [encoder.half_features for _, encoder in sorted(encoders.items())]
         self.folder = Path(folder) / weights_digest(encoders, frame, precisions, facts)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[str, int]] = {}
         self._by_path: dict[str, str] = {}
-        self._shards: dict[tuple[str, int], np.ndarray] = {}
+        self._shards: dict[tuple[str, str], np.ndarray] = {}
         for index in sorted(self.folder.glob("*.json")):
             for row, digest in enumerate(json.loads(index.read_text())):
-                self._places[digest] = (int(index.stem), row)
+                self._places[digest] = (index.stem, row)
 
     def fill(self, table: Table, device: torch.device) -> None:
         """Compute what is missing for the images of `table`, with a progress bar."""
@@ -108,14 +109,14 @@ class FeatureCache:
 
     def _write_shard(self, digests: list[str], batches: Iterator[dict[str, Tensor]]) -> None:
         parts = list(batches)
-        number = 1 + max((shard for shard, _ in self._places.values()), default=-1)
+        stem = uuid4().hex  # another run may fill the same cache now
         for name in self.encoders:
             array = torch.cat([part[name] for part in parts]).numpy()
-            shard = self.folder / f"{number:06d}-{name}.npy"
+            shard = self.folder / f"{stem}-{name}.npy"
             with written_whole(shard) as beside, beside.open("wb") as file:
                 np.save(file, array)
-        write_text(self.folder / f"{number:06d}.json", json.dumps(digests))
-        self._places.update((digest, (number, row)) for row, digest in enumerate(digests))
+        write_text(self.folder / f"{stem}.json", json.dumps(digests))
+        self._places.update((digest, (stem, row)) for row, digest in enumerate(digests))
 
     def lookup(self, records: Sequence[Record]) -> dict[str, Tensor]:
         """Features of the records by encoder, float16 or float32[B, C, h, w].
@@ -128,9 +129,9 @@ class FeatureCache:
             for name in self.encoders
         }
 
-    def _shard(self, name: str, number: int) -> np.ndarray:
-        key = (name, number)
+    def _shard(self, name: str, stem: str) -> np.ndarray:
+        key = (name, stem)
         if key not in self._shards:
-            file = self.folder / f"{number:06d}-{name}.npy"
+            file = self.folder / f"{stem}-{name}.npy"
             self._shards[key] = np.load(file, mmap_mode="r")
         return self._shards[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class ShardedTable:
 
     def __init__(self, source: Path | str) -> None:
         self.path = str(source)
-        self.name = self.path.rstrip("/").rsplit("/", 1)[-1]
+        parts = [part for part in self.path.split("/") if part]
+        is_folder = "*" not in parts[-1] and not parts[-1].endswith(".parquet")
+        self.name = parts[-1 if is_folder else -2 :][0]
         try:
             self._system, path = fsspec.core.url_to_fs(self.path)
             self._paths = self._shards(path)
@@ -81,19 +84,24 @@ class ShardedTable:
         return [self._system.unstrip_protocol(path) for path in self._paths]
 
     def has_task(self, task: str) -> bool:
-        """Whether there may be phrases of `task`; the statistics of the first shard tell."""
-        return any(first <= task <= last for first, last in self._ranges("task", task))
+        """Whether the first shard has phrases of `task`."""
+        return task in self._tasks
 
     def has_masks(self, task: str) -> bool:
-        """Whether a phrase of `task` may have a mask; the statistics of the first shard tell."""
-        return self.has_task(task) and any(last for _, last in self._ranges("mask_counts", task))
+        """Whether a phrase of `task` in the first shard has a mask."""
+        return self._tasks.get(task, False)
 
-    def _ranges(self, name: str, unknown: str) -> list[tuple[str, str]]:
-        """The least and the greatest text in each part of a column, `unknown` where not said."""
-        column = self._footer.schema.names.index(name)
-        groups = map(self._footer.row_group, range(self._footer.num_row_groups))
-        found = (group.column(column).statistics for group in groups)
-        return [(s.min, s.max) if s and s.has_min_max else (unknown, unknown) for s in found]
+    @cached_property
+    def _tasks(self) -> dict[str, bool]:
+        """The tasks of the first shard's phrases, and whether there are masks among them."""
+        columns = [f"phrases.list.element.{name}" for name in ("task", "mask_counts")]
+        with self._system.open(self._paths[0], "rb") as file:
+            rows = pq.ParquetFile(file).read(columns=columns)
+        phrases = pc.list_flatten(rows.column("phrases"))
+        tasks = pc.struct_field(phrases, "task")
+        masked = tasks.filter(pc.not_equal(pc.struct_field(phrases, "mask_counts"), ""))
+        with_masks = set(masked.unique().to_pylist())
+        return {task: task in with_masks for task in tasks.unique().to_pylist()}
 
     def phrases(self, limit: int) -> Iterator[pa.StructArray]:
         """The phrases of the first `limit` records."""

@@ -25,6 +25,12 @@ def test_counts_are_at_least_one(name):
         TrainConfig(**{name: 0})
 
 
+@pytest.mark.parametrize("name", ["clip", "warmup", "workers"])
+def test_other_numbers_are_not_below_zero(name):
+    with pytest.raises(ValueError, match=f"{name} is -1, expected 0 or more"):
+        TrainConfig(**{name: -1})
+
+
 def test_the_git_decoder_has_no_lora():
     with pytest.raises(ValueError, match="model.language.lora_rank is 8, but the git decoder"):
         LanguageConfig(trunk=None, architecture="git", lora_rank=8)

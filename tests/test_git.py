@@ -80,6 +80,19 @@ def test_stream_with_cache_equals_one_pass(batch):
         torch.testing.assert_close(torch.tensor(log_probs), expected)
 
 
+def test_stream_writes_what_generate_does(batch):
+    """Neither says a word twice in a row, which this bias asks for."""
+    model, (prefix, context, padding, *_) = tiny(), batch
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    with torch.no_grad():
+        model.output.bias[7] += 5
+    one = (prefix[:1], context[:1], padding[:1])
+    ids, _, log_probs = zip(*model.stream(*one, max_new_tokens=8), strict=True)
+    expected = model.generate(*one, max_new_tokens=8)
+    assert list(ids) == expected.token_ids[0, 1 : 1 + len(ids)].tolist() and ids[0] == 7 != ids[1]
+    torch.testing.assert_close(torch.tensor(log_probs), expected.log_probs[0, 1 : 1 + len(ids)])
+
+
 def test_padding_changes_nothing(batch):
     model, (prefix, context, padding, token_ids, token_padding) = tiny(), batch
     expected = model(prefix, context, padding, token_ids, token_padding)

@@ -36,6 +36,22 @@ def test_path_bytes_and_open_image_agree(tmp_path: Path):
         assert np.array_equal(np.array(images.open_image(source)), expected)
 
 
+def test_a_turned_photo_may_have_other_tags_of_any_kind():
+    """A resolution that is text, which Pillow could not write anew."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = bytearray(encode(Image.new("RGB", (6, 8)), "JPEG", exif=exif))
+    place = data.index(b"\x01\x1a\x00\x05")
+    data[place + 2 : place + 8] = b"\x00\x02\x00\x00\x00\x03"  # the type, three characters
+    data[place + 8 : place + 12] = b"72\x00\x00"
+    assert images.open_image(bytes(data)).size == (8, 6)
+
+
+def test_pillows_limit_may_be_lifted(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images.open_image(Image.new("RGB", (6, 8))).size == (6, 8)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(orientation: int):
     """A sideways photograph would put every point in the wrong place."""

@@ -9,6 +9,7 @@ from conftest import golden_names, load_golden
 from flax_language import t5_trunk
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GPT2Config,
@@ -195,6 +196,33 @@ def test_stream_equals_greedy_generation(trunk, batch):
         assert list(ids) == expected.token_ids[0, 1:T].tolist()
         torch.testing.assert_close(torch.stack(hidden, dim=1), expected.hidden[:, 1:T])
         torch.testing.assert_close(torch.tensor(log_probs), expected.log_probs[0, 1:T])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("phi", {"intermediate_size": 24}),  # a bias
+        ("cohere", {"intermediate_size": 24, "logit_scale": 0.25}),
+        ("granite", {"intermediate_size": 24, "logits_scaling": 4.0}),
+        ("gemma2", {"intermediate_size": 24, "head_dim": 8, "final_logit_softcapping": 0.5}),
+    ],
+)
+def test_logits_are_those_of_the_model_with_all_that_its_head_does(kind, changes, words):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=1, **changes,
+    )  # fmt: skip
+    trunk = build_trunk(config).eval()
+    with torch.no_grad():
+        for parameter in trunk.model.lm_head.parameters():
+            parameter.normal_()
+    token_ids = words[0]
+    nothing = torch.zeros(len(token_ids), 0)
+    hidden = trunk(nothing[..., None].expand(-1, 0, D), nothing.long(), nothing.bool(), *words)
+    expected = trunk.model(input_ids=token_ids).logits
+    valid = ~words[1]
+    torch.testing.assert_close(trunk.logits(hidden)[valid], expected[valid], atol=1e-5, rtol=1e-5)
 
 
 def test_beams_find_more_probable_sentences_than_greedy(trunk, batch):

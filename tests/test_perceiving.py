@@ -152,6 +152,16 @@ def test_a_saved_model_answers_as_it_did(run, model, images, tmp_path):
     assert json.loads((run / "config.json").read_text())["kind"] == "PerceptionConfig"
 
 
+def test_files_are_opened_upright(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.effect_noise((40, 24), 60).convert("RGB")
+    picture.save(tmp_path / "turned.png", exif=exif)
+    upright = picture.transpose(Image.Transpose.ROTATE_270)
+    asked = [[model.question("grounded")]]
+    assert model.ask([tmp_path / "turned.png"], asked) == model.ask([upright], asked)
+
+
 def test_expressions_are_located_each_on_its_own(model, images):
     """Catches padding that counts, rows of another image, and masks of another size."""
     texts = [["the red car left of the little tree", "a tree"], ["the boat"]]

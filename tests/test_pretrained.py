@@ -364,6 +364,21 @@ def test_words_are_streamed_before_the_caption_ends(tiny_model, monkeypatch):
     assert first < len(steps)
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_captions_have_a_word_or_more(tiny_model, length):
+    inputs = tiny_model.processor()(picture(0))
+    with pytest.raises(ValueError, match=f"max_new_tokens {length}: expected 1 or more"):
+        tiny_model.generate(**inputs, max_new_tokens=length)
+    with pytest.raises(ValueError, match=f"max_new_tokens {length}: expected 1 or more"):
+        next(tiny_model.stream(**inputs, max_new_tokens=length))
+
+
+def test_the_official_rules_do_not_sample(tiny_model):
+    inputs = tiny_model.processor()(picture(0))
+    with pytest.raises(ValueError, match="do_sample, top_p: the official rules are greedy or beam"):
+        tiny_model.generate(**inputs, official_rules=True, do_sample=True, top_p=0.5)
+
+
 def test_stream_takes_one_row(tiny_model):
     inputs = tiny_model.processor()([picture(0), picture(1)])
     with pytest.raises(ValueError, match="one image with one box"):

@@ -77,6 +77,24 @@ def test_tasks_and_captions_are_told(tmp_path: Path):
         assert captions == [f"car {i}" for i in range(5)]
 
 
+def test_tasks_between_others_are_not_there_and_masks_are_told(tmp_path: Path):
+    mask = {"size": [4, 5], "counts": "0d0"}
+    phrases = (
+        Phrase("a", "caption", "a car"),
+        Phrase("b", "referring", "a car", context="a car", mask=mask),
+    )
+    table = open_table(write(tmp_path / "shards", [Record("x/1", (4, 5), phrases, path="x.jpg")]))
+    assert table.has_task("caption") and table.has_task("referring")
+    assert not table.has_task("narration")
+    assert table.has_masks("referring") and not table.has_masks("caption")
+
+
+def test_globs_and_single_shards_have_the_name_of_their_folder(tmp_path: Path):
+    write(tmp_path / "coco_train", records(3))
+    for source in ("coco_train", "coco_train/", "coco_train/*.parquet", "coco_train/00000.parquet"):
+        assert open_table(f"{tmp_path}/{source}").name == "coco_train"
+
+
 def test_an_interrupted_call_is_gone_on_with(tmp_path: Path):
     report = {"read": 0}
 

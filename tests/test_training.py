@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pixelllm import checkpoints
 from pixelllm.config import StartConfig, TrainConfig
+from pixelllm.loading import is_referenced
 from pixelllm.pretrained import PixelLLM
 from pixelllm.tables import Table
 from pixelllm.training import captioning
@@ -36,7 +37,7 @@ from pixelllm.training.checkpoint import CheckpointFolder, TrainingState
 from pixelllm.training.loader import loader
 from pixelllm.training.loop import NonFiniteLoss, Stage, accumulate_gradients, train
 from pixelllm.training.optimizer import build_optimizer, freeze, set_learning_rate
-from pixelllm.training.parallel import Processes
+from pixelllm.training.parallel import Processes, clip_gradients
 from pixelllm.training.signals import StopRequest
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,54 @@ def test_sigterm_also_leaves_a_checkpoint(tmp_path: Path):
     assert stop.value.code == 143
     assert CheckpointFolder(tmp_path / "checkpoints", 2).steps()[-1] == 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
+    """The loss is finite; its gradient, of a square root at 0, is not."""
+    config = short_training(5, save_every=1)
+    stage = toy_stage(config)
+
+    def loss(batch):
+        terms = stage.loss(batch)
+        if batch.ids[0] == "n12":
+            (first, *_) = stage.model.parameters()
+            terms["root"] = (first.sum() * 0).sqrt()
+        return terms
+
+    with pytest.raises(NonFiniteLoss, match="step 3: the gradient is nan; phrases .*n12.*Lower"):
+        train(replace(stage, loss=loss), config, tmp_path, resume=False)
+    assert CheckpointFolder(tmp_path / "checkpoints", 2).steps()[-1] == 3
+    assert all(tensor.isfinite().all() for tensor in newest(tmp_path).values())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3])
+def test_gradients_are_clipped_where_a_norm_is_given(max_norm: float):
+    model = nn.Linear(3, 1)
+    model(torch.ones(2, 3)).sum().backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert clip_gradients(model, max_norm) == pytest.approx(norm)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert after == pytest.approx(max_norm or norm, rel=1e-3)
+
+
+def test_rates_of_parts_that_are_not_there_are_named():
+    config = short_training(1, lr_scales={"extractr": 0.1}, frozen=())
+    with pytest.raises(ValueError, match="lr_scales: nothing is called 'extractr'; the parts are"):
+        build_optimizer(nn.Sequential(nn.Linear(1, 1)), config)
+
+
+def test_a_storage_that_breaks_off_is_no_dead_worker(tmp_path: Path):
+    class Broken(Stream):
+        def __getitem__(self, number):
+            raise ConnectionError("Server Disconnected")
+
+    config = short_training(3, workers=1)
+    stage = replace(toy_stage(config), batches=Broken(3, 2))
+    with pytest.raises(
+        OSError, match="Server Disconnected; the last checkpoint is intact"
+    ) as caught:
+        train(stage, config, tmp_path, resume=False)
+    assert type(caught.value) is OSError
 
 
 def test_a_signal_while_processes_exchange_theirs_is_not_lost(tmp_path: Path):
@@ -526,6 +575,40 @@ def test_a_start_run_keeps_its_words(tiny_run, tiny_tables):
     assert stage.model.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
     for name, parameter in trained.named_parameters():
         assert torch.equal(dict(stage.model.named_parameters())[name], parameter)
+
+
+def test_published_weights_are_named_for_what_still_has_them():
+    """EVA02 was trained in the run, which had SAM's file; the next stage is given other names."""
+    config = make_tiny_config(include_frozen=False)
+    eva02 = "eva02_large_patch14_224.mim_m38m"
+    model = replace(config.model, eva02=replace(config.model.eva02, weights=eva02))
+    model = replace(model, sam=replace(config.model.sam, weights="a.pth"))
+    run = replace(config, model=model, train=replace(config.train, frozen=("sam",)))
+    other = replace(model, sam=replace(model.sam, weights="b.pth"))
+    stage = replace(run, model=other, train=replace(run.train, frozen=("sam", "eva02")))
+    held = captioning.naming_what_is_held(stage, run, reads_sam=False)
+    names = held.model.sam.weights, held.model.eva02.weights, held.model.eva02.structure
+    assert names == ("a.pth", None, eva02)
+    assert not is_referenced("eva02", held) and is_referenced("sam", held)
+    assert captioning.naming_what_is_held(stage, run, reads_sam=True).model.sam.weights == "b.pth"
+    frozen = replace(run, train=replace(run.train, frozen=("eva02",)))
+    held = captioning.naming_what_is_held(stage, frozen, reads_sam=False)
+    assert (held.model.sam.weights, held.model.eva02.weights) == (None, eva02)
+    begun = replace(stage, start=StartConfig(eyes="runs/small"))
+    assert captioning.without_published(begun).model.sam.weights is None
+
+
+def test_a_start_run_is_held_as_the_recipe_says(tiny_run, tiny_tables):
+    config = make_tiny_config(start=StartConfig(run=str(tiny_run.main)))
+    model = replace(
+        config.model,
+        sam=replace(config.model.sam, bfloat16=True),
+        language=replace(config.model.language, dropout=0.7),
+    )
+    tables = [Table(tiny_tables.val)], [Table(tiny_tables.val)]
+    model = captioning.build_stage(replace(config, model=model), *tables, CPU, None).model
+    assert next(model.sam.parameters()).dtype == torch.bfloat16
+    assert 0.7 in {m.p for m in model.language.modules() if isinstance(m, nn.Dropout)}
 
 
 def test_a_start_run_of_other_sizes_is_named(tiny_run, tiny_tables):

@@ -18,7 +18,7 @@ from pixelllm.models.stem import ConvStem
 from pixelllm.models.vis_boxes import BoxDecoder, BoxEncoder
 from pixelllm.models.vis_masks import VisMaskDecoder, VisMaskHead
 from pixelllm.perception_config import ClipConfig, PerceptionModelConfig
-from pixelllm.weights import pretrained_source
+from pixelllm.weights import pretrained_source, refuse_misfits
 
 
 def build_perception(
@@ -75,10 +75,15 @@ def build_clip(config: ClipConfig, pretrained: bool) -> FusedClip:
     }
     if pretrained and config.weights is not None:
         source, options = pretrained_source(config.weights)
-        vit = CLIPVisionModel.from_pretrained(source, **options)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        options |= {"ignore_mismatched_sizes": True}  # which are listed below
+        vit, misfits = CLIPVisionModel.from_pretrained(source, **options)
         found = {name: getattr(vit.config, name) for name in sizes}
         if wrong := [f"{k} is {v}, not {sizes[k]}" for k, v in found.items() if v != sizes[k]]:
             raise ValueError(f"model.clip: in {config.weights} {'; '.join(wrong)}")
+        odd = [(key, *map(tuple, shapes)) for key, *shapes in sorted(misfits["mismatched_keys"])]
+        # What is unexpected are the parts of CLIP that read text.
+        refuse_misfits(config.weights, sorted(misfits["missing_keys"]), [], odd)
     else:
         vit = CLIPVisionModel(CLIPVisionConfig(**sizes))
     stem = ConvStem(config.width, config.patch_size) if config.conv_stem else None

@@ -13,6 +13,7 @@ by any number of processes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ class CheckpointFolder:
         scored = []
         for step in self.steps():
             scores = stored_facts(self.path(step))["scores"]
-            if scores:
+            if scores and math.isfinite(next(iter(scores.values()))):
                 scored.append((next(iter(scores.values())), step))
         return min(scored)[1] if scored else None
 

@@ -64,6 +64,8 @@ class MicroBatches:
 
     def __next__(self) -> Any:
         answer = next(self._answers)
+        if isinstance(answer, ConnectionError):  # of a storage, not of a process that died
+            raise OSError(f"{answer}; the last checkpoint is intact, --resume goes on") from answer
         if isinstance(answer, Exception):
             raise answer
         batch, state = answer

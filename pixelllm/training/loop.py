@@ -8,6 +8,7 @@ do: resuming needs no state of generators, and any number of processes draws the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -60,7 +61,7 @@ class Stage:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss term became infinite or NaN."""
+    """A loss term or a gradient became infinite or NaN."""
 
 
 def train(
@@ -99,7 +100,11 @@ def train(
                 own = list(islice(batches, num_own))
             terms, num_images = accumulate_gradients(stage, own, config, step, device, processes)
             average_gradients(stage.model, processes)
-            grad_norm = clip_gradients(stage.model, config.clip or float("inf"))
+            grad_norm = clip_gradients(stage.model, config.clip)
+            if not math.isfinite(grad_norm):  # on all processes: it is the norm of their mean
+                ids = ", ".join(name for batch in own for name in batch.ids if name)
+                phrases = f"phrases of the step here: {ids}. Lower train.lr, or look at these"
+                raise NonFiniteLoss(f"step {step}: the gradient is {grad_norm}; {phrases}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

@@ -29,6 +29,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     The first matching prefix of `lr_scales` gives the scale. One-dimensional parameters do not
     decay. Sharded parameters have groups of their own: AdamW's kernels do not mix them with others.
     """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in config.lr_scales:
+        if not any(_is_under(name, prefix) for name in names):
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"train.lr_scales: nothing is called {prefix!r}; the parts are {parts}"
+            )
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

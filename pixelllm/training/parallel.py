@@ -224,7 +224,10 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their common norm is at most `max_norm`; returns the norm."""
+    """Scale all gradients so that their common norm is at most `max_norm`; returns the norm.
+
+    0 leaves them as they are.
+    """
     with_gradient = [p for p in model.parameters() if p.grad is not None]
     sharded = [p for p in with_gradient if isinstance(p, DTensor)]
     whole = [p for p in with_gradient if not isinstance(p, DTensor)]
@@ -232,7 +235,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     if sharded:
         rest = get_total_norm([p.grad for p in sharded]).full_tensor()
         norm = torch.stack([norm.to(rest.device), rest]).norm()
-    for parameters in (whole, sharded):  # torch does not mix the two in one call
+    # Torch does not mix the two in one call.
+    for parameters in (whole, sharded) if max_norm else ():
         clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
