@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
@@ -121,6 +122,14 @@ def test_published_weights_are_read_from_a_folder(tmp_path: Path):
     assert not torch.allclose(first.fine(images), other.fine(images), atol=1e-3)
     with pytest.raises(ValueError, match="model.clip: in .* num_hidden_layers is 3, not 4"):
         build_clip(replace(config, depth=4), True)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if "layers.0.mlp.fc1.weight" in name)
+    kept = {name: tensor.half() for name, tensor in weights.items() if name != gone}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="do not fit the model.*\n.*missing .*mlp.fc1.weight"):
+        build_clip(config, True)
+    save_file(kept | {gone: weights[gone]}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert {p.dtype for p in build_clip(config, True).parameters()} == {torch.float32}
 
 
 def test_a_frame_that_patches_do_not_fill_is_refused():

@@ -156,6 +156,9 @@ def test_a_trunk_without_a_template_talks_like_vicuna():
         f" Answer:{OBJECT}, and{OBJECT}.</s>",
     ]
     assert render(TALK.unanswered(), tokenizer).text.endswith("? ASSISTANT:")
+    silent = Conversation("talk/4", (4, 4), (("<image> Hi", ""), ("What?", "a car")), ())
+    text, answers = render(silent, tokenizer)
+    assert [text[start:end].strip() for start, end in answers] == ["</s>", "a car</s>"]
 
 
 @pytest.mark.parametrize(

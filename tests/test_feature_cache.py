@@ -100,6 +100,18 @@ def test_features_are_computed_once(encoders, images, tmp_path, counted):
     assert sum(counted) == 7
 
 
+def test_two_runs_fill_one_cache_beside_each_other(encoders, images, tmp_path):
+    tables = [table_of(part, tmp_path / str(len(part))) for part in (images[:2], images[2:5])]
+    caches = [FeatureCache(tmp_path / "cache", encoders, 48) for _ in tables]
+    for cache, table in zip(caches, tables, strict=True):
+        cache.fill(table, CPU)
+    later = FeatureCache(tmp_path / "cache", encoders, 48)
+    for cache, table in zip((*caches, later, later), (*tables, *tables), strict=True):
+        expected = encoders["sam"](*frame_images([table[0]], 48))
+        found = cache.lookup([table[0]])["sam"].float()
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
 def test_embedded_images_of_equal_ids_have_their_own_features(encoders, images, tmp_path):
     """Ids of two corpora may be equal."""
     cache, records = FeatureCache(tmp_path / "cache", encoders, 48), []
