@@ -191,15 +191,19 @@ class PerceptionGPT(PerceptionGPTNetwork):
         images = [open_image(image) for image in images]
         in_words = self.config.model.vis.form != "vis"
         find = self._locate_in_words if in_words else self._locate_in_states
-        with_masks = with_masks or (with_captions and self.config.model.vis.read == "mask")
-        located = find(images, texts, with_masks)
+        reads_masks = with_captions and self.config.model.vis.read == "mask"
+        located = find(images, texts, with_masks or reads_masks)
         if with_captions and "region" in {source.task for source in self.config.sources}:
             boxes = [[roomy_box(found.box) for found in of_image] for of_image in located]
             masks = [[found.mask for found in of_image] for of_image in located]
-            seen = self.describe_boxes(images, boxes, masks=masks if with_masks else None)
+            seen = self.describe_boxes(
+                images, boxes, masks=masks if with_masks or reads_masks else None
+            )
             for of_image, captions in zip(located, seen, strict=True):
                 pairs = zip(of_image, captions, strict=True)
                 of_image[:] = [replace(found, caption=c.text) for found, c in pairs]
+        if reads_masks and not with_masks:
+            return [[replace(found, mask=None) for found in of_image] for of_image in located]
         return located
 
     def _locate_in_states(

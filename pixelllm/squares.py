@@ -58,5 +58,9 @@ def unsquare_mask(values: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits or probabilities float[s, s] over the square at the image's pixels: float32[H, W]."""
     side, left, top = _frame(size)
     values = values[None, None].float()
-    large = F.interpolate(values, (side, side), mode="bilinear", align_corners=False)[0, 0]
-    return large[top : top + size[0], left : left + size[1]]
+    for axis, start in ((2, top), (3, left)):  # one after the other: of a wide image the square is
+        shape = [*values.shape[2:]]  # far larger than the image
+        shape[axis - 2] = side
+        values = F.interpolate(values, shape, mode="bilinear", align_corners=False)
+        values = values.narrow(axis, start, size[axis - 2])
+    return values[0, 0]
