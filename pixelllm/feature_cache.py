@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -109,7 +108,8 @@ class FeatureCache:
 
     def _write_shard(self, digests: list[str], batches: Iterator[dict[str, Tensor]]) -> None:
         parts = list(batches)
-        stem = uuid4().hex  # another run may fill the same cache now
+        # Another run may fill the same cache now; what was interrupted is written again.
+        stem = hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
         for name in self.encoders:
             array = torch.cat([part[name] for part in parts]).numpy()
             shard = self.folder / f"{stem}-{name}.npy"

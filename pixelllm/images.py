@@ -71,14 +71,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise Image.DecompressionBombError(
             f"{width} x {height} pixels, the limit is {limit}; shrink it first"
         )
+    image.load()  # TIFFs are turned by this already, and no longer say that they should be
     turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps would write all of the EXIF anew
     image = image if turn is None else image.transpose(turn)
     if image.mode in WIDE_MODES:
-        return _scale_to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
+        image = _scale_to_8_bits(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")  # a copy
+    image.info = {}  # it is upright: opened once more, nothing may turn it again
+    return image
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:

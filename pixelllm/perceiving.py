@@ -207,7 +207,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return located
 
     def _locate_in_states(
-        self, images: Sequence[Path | str | Image], texts: Sequence[Sequence[str]], with_masks: bool
+        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
     ) -> list[list[Location]]:
         """As `locate`, by a model that decodes boxes of its states."""
         found = Referent(NOWHERE)
@@ -239,7 +239,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
         return kept.of(located)
 
     def _locate_in_words(
-        self, images: Sequence[Path | str | Image], texts: Sequence[Sequence[str]], with_masks: bool
+        self, images: Sequence[Image], texts: Sequence[Sequence[str]], with_masks: bool
     ) -> list[list[Location]]:
         """As `locate`, by a model that writes its boxes: the first one of each answer."""
         if with_masks:
@@ -350,7 +350,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     def _write(
         self,
-        images: Sequence[Path | str | Image],
+        images: Sequence[Image],
         asked: Sequence[Sequence[Conversation]],
         num_beams: int,
         with_masks: bool,
@@ -376,7 +376,7 @@ class PerceptionGPT(PerceptionGPTNetwork):
 
     def prepare(
         self,
-        images: Sequence[Path | str | Image],
+        images: Sequence[Image],
         asked: Sequence[Sequence[Conversation]],
         pad_left: bool = False,
     ) -> tuple[Tensor, ChatBatch, Rows]:

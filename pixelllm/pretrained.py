@@ -29,7 +29,7 @@ from pixelllm.generation import (
     place_words,
     rank,
     stream_words,
-)  # fmt: skip
+)
 from pixelllm.loading import WithoutInitialValues, held_in, is_referenced
 from pixelllm.locating import (
     Location,

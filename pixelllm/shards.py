@@ -40,7 +40,7 @@ class ShardedTable:
         self.path = str(source)
         parts = [part for part in self.path.split("/") if part]
         is_folder = "*" not in parts[-1] and not parts[-1].endswith(".parquet")
-        self.name = parts[-1 if is_folder else -2 :][0]
+        self.name = "/".join(parts[-1 if is_folder else -2 :])  # files may tell corpora apart
         try:
             self._system, path = fsspec.core.url_to_fs(self.path)
             self._paths = self._shards(path)
@@ -89,19 +89,26 @@ class ShardedTable:
 
     def has_masks(self, task: str) -> bool:
         """Whether a phrase of `task` in the first shard has a mask."""
-        return self._tasks.get(task, False)
+        for phrases in self._first_phrases("task", "mask_counts"):
+            masked = pc.not_equal(pc.struct_field(phrases, "mask_counts"), "")
+            if pc.any(pc.and_(masked, pc.equal(pc.struct_field(phrases, "task"), task))).as_py():
+                return True
+        return False
 
     @cached_property
-    def _tasks(self) -> dict[str, bool]:
-        """The tasks of the first shard's phrases, and whether there are masks among them."""
-        columns = [f"phrases.list.element.{name}" for name in ("task", "mask_counts")]
+    def _tasks(self) -> set[str]:
+        parts = self._first_phrases("task")
+        return {task for part in parts for task in pc.struct_field(part, "task").to_pylist()}
+
+    def _first_phrases(self, *names: str) -> Iterator[pa.StructArray]:
+        """These fields of the first shard's phrases, part by part."""
+        columns = [f"phrases.list.element.{name}" for name in names]
         with self._system.open(self._paths[0], "rb") as file:
-            rows = pq.ParquetFile(file).read(columns=columns)
-        phrases = pc.list_flatten(rows.column("phrases"))
-        tasks = pc.struct_field(phrases, "task")
-        masked = tasks.filter(pc.not_equal(pc.struct_field(phrases, "mask_counts"), ""))
-        with_masks = set(masked.unique().to_pylist())
-        return {task: task in with_masks for task in tasks.unique().to_pylist()}
+            try:
+                for rows in pq.ParquetFile(file).iter_batches(ROW_GROUP, columns=columns):
+                    yield rows.column("phrases").flatten()
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{self._paths[0]} is damaged: {error}") from error
 
     def phrases(self, limit: int) -> Iterator[pa.StructArray]:
         """The phrases of the first `limit` records."""

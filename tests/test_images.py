@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden_names, load_golden, load_golden_json
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from pixelllm import images
@@ -45,6 +45,20 @@ def test_a_turned_photo_may_have_other_tags_of_any_kind():
     data[place + 2 : place + 8] = b"\x00\x02\x00\x00\x00\x03"  # the type, three characters
     data[place + 8 : place + 12] = b"72\x00\x00"
     assert images.open_image(bytes(data)).size == (8, 6)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WebP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_what_was_opened_is_not_turned_again(orientation: int, form: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.effect_noise((24, 20), 60).convert("RGB")
+    data = encode(picture, form, exif=exif)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = ImageOps.exif_transpose(opened)
+        once = images.open_image(opened)
+    for found in (once, images.open_image(once), images.open_image(data)):
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
 def test_pillows_limit_may_be_lifted(monkeypatch):

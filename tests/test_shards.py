@@ -89,10 +89,11 @@ def test_tasks_between_others_are_not_there_and_masks_are_told(tmp_path: Path):
     assert table.has_masks("referring") and not table.has_masks("caption")
 
 
-def test_globs_and_single_shards_have_the_name_of_their_folder(tmp_path: Path):
+def test_globs_and_single_shards_have_the_name_of_their_folder_too(tmp_path: Path):
     write(tmp_path / "coco_train", records(3))
-    for source in ("coco_train", "coco_train/", "coco_train/*.parquet", "coco_train/00000.parquet"):
-        assert open_table(f"{tmp_path}/{source}").name == "coco_train"
+    for source in ("", "/", "/*.parquet", "/00000.parquet"):
+        name = open_table(f"{tmp_path}/coco_train{source}").name
+        assert name == f"coco_train{source.rstrip('/')}"
 
 
 def test_an_interrupted_call_is_gone_on_with(tmp_path: Path):

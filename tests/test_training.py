@@ -215,6 +215,8 @@ def test_rates_of_parts_that_are_not_there_are_named():
     config = short_training(1, lr_scales={"extractr": 0.1}, frozen=())
     with pytest.raises(ValueError, match="lr_scales: nothing is called 'extractr'; the parts are"):
         build_optimizer(nn.Sequential(nn.Linear(1, 1)), config)
+    deeper = short_training(1, lr_scales={"0.blocks.23": 0.1}, frozen=())  # than this model is
+    build_optimizer(nn.Sequential(nn.Linear(1, 1)), deeper)
 
 
 def test_a_storage_that_breaks_off_is_no_dead_worker(tmp_path: Path):
@@ -595,7 +597,8 @@ def test_published_weights_are_named_for_what_still_has_them():
     held = captioning.naming_what_is_held(stage, frozen, reads_sam=False)
     assert (held.model.sam.weights, held.model.eva02.weights) == (None, eva02)
     begun = replace(stage, start=StartConfig(eyes="runs/small"))
-    assert captioning.without_published(begun).model.sam.weights is None
+    begun = captioning.without_published(begun).model
+    assert (begun.sam.weights, begun.eva02.weights, begun.eva02.structure) == (None, None, eva02)
 
 
 def test_a_start_run_is_held_as_the_recipe_says(tiny_run, tiny_tables):

@@ -226,7 +226,7 @@ def build_language(
 
     Args:
         prefix_width: of the visual tokens, for a trunk that projects them itself.
-        ids: for random weights without a structure.
+        ids: the end of captions, and all of them for random weights without a structure.
         pretrained: take the weights of `config.trunk`.
         structure: of a trunk with random weights; None takes the sizes of `config`.
     """

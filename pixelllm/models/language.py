@@ -81,8 +81,9 @@ class TransformersLanguage(Language):
             logits = logits * config.logit_scale
         if config.model_type.startswith("granite"):
             logits = logits / config.logits_scaling
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = (logits / cap).tanh() * cap
+        if config.model_type.startswith(("gemma2", "gemma3")):
+            cap = config.final_logit_softcapping
+            logits = logits if cap is None else (logits / cap).tanh() * cap
         return logits
 
     @torch.no_grad()

@@ -11,14 +11,13 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pixelllm.batches import Batch, TextLimits
 from pixelllm.checkpoints import CONFIG_FILE, find_file, write_text
-from pixelllm.config import Config, Source
+from pixelllm.config import Config, Eva02Config, Source
 from pixelllm.feature_cache import FeatureCache
 from pixelllm.loading import is_referenced
 from pixelllm.mixture import Mixture
@@ -252,12 +251,8 @@ def naming_what_is_held(config: Config, started: Config, reads_sam: bool) -> Con
     if not reads_sam:
         has_sam = is_referenced("sam", started)
         sam = replace(sam, weights=theirs.sam.weights if has_sam else None)
-    name = theirs.eva02.weights
-    structure = theirs.eva02.structure
-    if not is_referenced("eva02", started):
-        is_timm = name is not None and timm.is_model(name.split(".")[0])
-        name, structure = None, name if is_timm else structure
-    eva02 = replace(eva02, weights=name, structure=structure)
+    held = theirs.eva02 if is_referenced("eva02", started) else unpublished(theirs.eva02)
+    eva02 = replace(eva02, weights=held.weights, structure=held.structure)
     model = replace(config.model, sam=sam, eva02=eva02)
     include_frozen = config.include_frozen or started.include_frozen
     return replace(config, model=model, include_frozen=include_frozen)
@@ -269,8 +264,15 @@ def without_published(config: Config) -> Config:
     if start.eyes or start.sam:
         model = replace(model, sam=replace(model.sam, weights=None))
     if start.eyes or start.eva02:
-        model = replace(model, eva02=replace(model.eva02, weights=None))
+        model = replace(model, eva02=unpublished(model.eva02))
     return replace(config, model=model)
+
+
+def unpublished(eva02: Eva02Config) -> Eva02Config:
+    """Without the source of its weights, but with the structure that a timm name says."""
+    name = eva02.weights
+    is_timm = eva02.structure is None and name is not None and not Path(name).is_file()
+    return replace(eva02, weights=None, structure=name if is_timm else eva02.structure)
 
 
 def warn_of_random_sam(config: Config) -> None:

@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in config.lr_scales:
-        if not any(_is_under(name, prefix) for name in names):
+        if not any(_is_under(name, prefix.split(".")[0]) for name in names):
             parts = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
                 f"train.lr_scales: nothing is called {prefix!r}; the parts are {parts}"

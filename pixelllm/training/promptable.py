@@ -132,7 +132,7 @@ def load_sam_run(folder: Path | str) -> tuple[SamPretraining, PromptableSam]:
 def check_same(ours: object, theirs: object, where: str) -> None:
     """Raise ValueError naming the sizes in which two configurations of a part differ."""
     ignored = {"weights", "bfloat16", "half_features", "drop_path", "dropout", "from_sam",
-               "structure", "lora_dropout"}  # fmt: skip
+               "structure"}  # fmt: skip
     here = _leaves(asdict(ours))
     differences = [
         f"{name} is {value} there, {here[name]} here"
