@@ -20,6 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +41,7 @@ from pixelllm.training.parallel import SHARDED_PARTS, blocks
 from pixelllm.training.recompute import recompute_blocks
 
 HALF = (torch.bfloat16, torch.float16)
+ENOUGH = 1.0  # seconds that an operation is measured for
 Planned = Config | PerceptionConfig
 
 
@@ -271,8 +273,8 @@ def measure_cpu() -> Accelerator:
     flops = 2 * 1024**3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Accelerator(
-        half=flops / _fastest(lambda: half @ half),
-        full=flops / _fastest(lambda: a @ a),
+        half=flops / _fastest(lambda: F.linear(half, half)),
+        full=flops / _fastest(lambda: F.linear(a, a)),
         bandwidth=2 * other.nbytes / _fastest(lambda: other.copy_(large)),
         memory=memory,
         launch=_fastest(lambda: [small.add(1) for _ in range(100)]) / 100,
@@ -283,7 +285,7 @@ def _fastest(work: Callable[[], object], times: int = 8) -> float:
     """Seconds of processor time per thread, which a busy machine does not stretch."""
     work()
     found = []
-    for _ in range(times):
+    while len(found) < times and sum(found) < ENOUGH:
         start = time.process_time()
         work()
         found.append(time.process_time() - start)
