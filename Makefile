@@ -1,7 +1,7 @@
 # make quickstart: everything from nothing to a trained, scored model and a page to look at.
 # make test: the default test suite. Both work with nothing installed but Python.
 # make small: the same model after an hour. make joint: one model for every task, from small, in
-# another hour. make joint-long: more steps of the same, not yet run whole.
+# another hour. make joint-long: more steps of the same, some hours.
 # make ref: expressions alone, located and segmented, from small; not yet run whole.
 # make perceptiongpt: the second paper's model, on the same scenes. make perceptiongpt-all: it
 # learns captions, conversations and answers that point besides.
